@@ -1,0 +1,79 @@
+"""The door of policies: who acts. A `Policy` opens one `Session` per agent and episode.
+
+    async with policy.session(episode, agent) as session:
+        action = await session.act(observation, sampling)
+
+A session owns what the policy must remember of the episode: a cache slot, a history, a recurrent state. Leaving it,
+also by cancellation, always releases that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+from agentgym.types import Action, Episode, Observation, Sampling, WeightsVersion
+
+
+class Session(Protocol):
+    """One agent in one episode."""
+
+    async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
+        """The next action. `observation` holds only what is new since the last call of this session."""
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Whoever acts: an engine, an endpoint, a script, a person."""
+
+    def session(self, episode: Episode, agent: str) -> AbstractAsyncContextManager[Session]:
+        """Lease what one agent needs for one episode."""
+        ...
+
+
+@runtime_checkable
+class Publishes(Protocol):
+    """A policy whose weights can be replaced while it runs."""
+
+    async def publish(self, version: WeightsVersion) -> None:
+        """From now on act with these weights; live caches of older ones are invalidated."""
+        ...
+
+
+class Scripted:
+    """A policy from a function, for baselines and tests. The function makes a fresh act-function per session.
+
+        Scripted(lambda episode, agent: lambda observation: Action(text="hello"))
+
+    The act-function may be async. It may read `episode.task.payload`: that is what an oracle does.
+    """
+
+    def __init__(self, script: Callable[[Episode, str], Callable[[Observation], Action | Awaitable[Action]]]) -> None:
+        self.script = script
+
+    def session(self, episode: Episode, agent: str) -> ScriptedSession:
+        return ScriptedSession(self.script(episode, agent))
+
+
+class ScriptedSession:
+    """The session of a `Scripted` policy: nothing is held, so nothing is released."""
+
+    __slots__ = ("decide",)
+
+    def __init__(self, decide: Callable[[Observation], Action | Awaitable[Action]]) -> None:
+        self.decide = decide
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
+        found = self.decide(observation)
+        return found if isinstance(found, Action) else await found

@@ -1,0 +1,1 @@
+"""Who acts: engines, endpoint clients, scripted policies."""

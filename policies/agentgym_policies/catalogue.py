@@ -1,0 +1,13 @@
+"""What this room holds, as static metadata: reading it imports no torch."""
+
+from agentgym.registry import Spec
+
+POLICIES = [
+    Spec(
+        id="torch",
+        target="agentgym_policies.torch_engine:TorchEngine.from_checkpoint",
+        summary="any causal language model in hub format, continuous batching over leased cache slots",
+        extra="train",
+        requires=("torch", "transformers", "tokenizers", "safetensors"),
+    ),
+]

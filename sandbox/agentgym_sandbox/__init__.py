@@ -1,0 +1,1 @@
+"""Where untrusted code and tools will run."""
