@@ -433,12 +433,14 @@ class Columns(Record, frozen=True, kw_only=True, tag="columns", dict=True):
         return Turn(
             step=step,
             agent=name,
-            observation=Observation(array=_row(c.observations, row), action_mask=c.masks and _row(c.masks, row)),
+            observation=Observation(
+                array=_row(c.observations, row), action_mask=None if c.masks is None else _row(c.masks, row)
+            ),
             action=Action(
                 array=_row(c.actions, row),
-                logprob=c.logprobs and c.logprobs[row],
-                value=c.values and c.values[row],
-                state=c.states and _row(c.states, row),
+                logprob=None if c.logprobs is None else c.logprobs[row],
+                value=None if c.values is None else c.values[row],
+                state=None if c.states is None else _row(c.states, row),
             ),
             rewards=tuple(
                 RewardTerm(name=term, value=amounts[row], turn=index, agent=name) for term, amounts in c.rewards.items()
