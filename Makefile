@@ -1,0 +1,40 @@
+# `make train` and `make test` are all a fresh clone needs: Python 3.11 or newer with venv, and make.
+PYTHON ?= python3
+VENV   ?= .venv
+PRESET ?= shopping/laptop
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: train test lint format wheel clean
+
+# OUT=DIR names the run's folder (default: the first free of runs/<preset>, runs/<preset>-2, ...); ARGS adds options.
+train: $(READY)
+	$(BIN)/agentgym train $(PRESET) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY)
+	$(BIN)/python -m hatchling build -t wheel
+
+# Installed again only when what it is made from changes. The pins are exact; torch's also keeps CUDA's gigabytes out
+# where a CPU build of that version is at hand.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "agentgym needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) --version`. Try: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "no venv module: apt-get install python3-venv (or your system's like)"; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
