@@ -14,7 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
-from agentgym.types import Action, Episode, Observation, Sampling, WeightsVersion
+from agentgym.types import Action, Draft, Episode, Observation, Sampling, WeightsVersion
 
 
 class Session(Protocol):
@@ -22,6 +22,14 @@ class Session(Protocol):
 
     async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
         """The next action. `observation` holds only what is new since the last call of this session."""
+        ...
+
+
+class Drafts(Protocol):
+    """What a session may have besides `act`: the policy calls of a turn that did not become its action."""
+
+    def drafts(self) -> tuple[Draft, ...]:
+        """Those since the last call of this method; the runner asks once after each step and records them."""
         ...
 
 

@@ -399,8 +399,8 @@ class Turns(Record, frozen=True, kw_only=True, tag="turns"):
 class Column(Record, frozen=True, kw_only=True):
     """One agent of a numeric episode: row r is what it saw, did and got at `steps[r]`. T rows.
 
-    observations [T, ...], actions [T, ...], masks [T, A] or None, rewards {term name: [T]},
-    logprobs / values [T] and states [T, H] or None.
+    observations [T, ...], actions [T, ...], masks [T, A] or None, rewards {term name: [T]} (NaN: no such term in
+    that row), logprobs / values [T] and states [T, H] or None.
     """
 
     steps: Ids
@@ -443,7 +443,9 @@ class Columns(Record, frozen=True, kw_only=True, tag="columns", dict=True):
                 state=None if c.states is None else _row(c.states, row),
             ),
             rewards=tuple(
-                RewardTerm(name=term, value=amounts[row], turn=index, agent=name) for term, amounts in c.rewards.items()
+                RewardTerm(name=term, value=value, turn=index, agent=name)
+                for term, value in ((term, amounts[row]) for term, amounts in c.rewards.items())
+                if value == value
             ),
         )
 
