@@ -20,6 +20,7 @@ from agentgym.env import Environment
 from agentgym.errors import AgentGymError, ConfigError, DuplicateName, MissingExtra, unknown
 
 KINDS = ("envs", "policies", "trainers", "objectives", "sandboxes", "commands", "presets", "benches")
+SINGULAR = {"envs": "environment", "policies": "policy", "sandboxes": "sandbox", "benches": "benchmark"}
 _ENV_ID = re.compile(r"(?:[\w.-]+/)?[A-Za-z][\w-]*-v\d+")
 
 
@@ -106,13 +107,25 @@ def lookup(id: str, kind: str = "envs") -> Spec:
     """The spec of a name, or an `UnknownName` that names the nearest one."""
     specs = catalogue(kind)
     if id not in specs:
-        raise unknown({"envs": "environment", "policies": "policy"}.get(kind, kind.rstrip("s")), id, specs)
+        raise unknown(SINGULAR.get(kind, kind.rstrip("s")), id, specs)
     return specs[id]
 
 
 def load(id: str, kind: str = "envs") -> Any:
     """What a name stands for."""
     return lookup(id, kind).load()
+
+
+def check_keywords(what: str, target: Callable[..., Any], keywords: Iterable[str]) -> None:
+    """Refuse a keyword that `target` does not take, naming the nearest that it does."""
+    import inspect
+
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for keyword in keywords:
+        if keyword not in parameters:
+            raise unknown(what, keyword, parameters)
 
 
 def make(id: str, **config: Any) -> Environment:
@@ -122,7 +135,9 @@ def make(id: str, **config: Any) -> Environment:
     What is returned may also be a class or function of the accepted shapes (see `agentgym.adapters`), wrapped.
     """
     spec = lookup(id)
-    built = spec.load()(**{**spec.defaults, **config})
+    target = spec.load()
+    check_keywords(f"setting of {id}", target, config)
+    built = target(**{**spec.defaults, **config})
     if not isinstance(built, Environment):
         raise AgentGymError(f"{id} is registered as {spec.target}, which made {type(built).__name__}, no Environment")
     built.__dict__.setdefault("id", id)
