@@ -218,7 +218,7 @@ def _lexicographic(b: _Builder, d: Mapping[str, Any], slope: float | None) -> _N
     """sum_i q_i (n+1)^-i over its largest value: q_i is part i, clipped to [0, 1] and rounded down to n levels (the
     last part is not rounded), so one level of an earlier part outweighs everything after it."""
     parts = [b.node(part, None) for part in _children(d)]
-    levels = d.get("levels", 10)
+    levels: int = d.get("levels", 10)
     if not isinstance(levels, int) or levels < 1:
         raise ConfigError(f"'levels' of a lexicographic reward is a whole number from 1; got {levels!r:.80}")
     weights = [math.pow(levels + 1, -i) for i in range(len(parts))]
@@ -235,7 +235,8 @@ def _lexicographic(b: _Builder, d: Mapping[str, Any], slope: float | None) -> _N
 def _mean_minus_variance(b: _Builder, d: Mapping[str, Any], slope: float | None) -> _Node:
     """UWO (2310.02743): mean - lambda var. The paper's code uses ddof 0 for best-of-n and 1 for PPO: choose."""
     parts = [b.node(part, None) for part in _children(d)]
-    weight, ddof = _finite(d["lambda"], "'lambda'"), d.get("ddof", 0)
+    weight = _finite(d["lambda"], "'lambda'")
+    ddof: int = d.get("ddof", 0)
     if ddof not in (0, 1) or len(parts) <= ddof:
         raise ConfigError(f"'ddof' is 0 or 1 and below the number of parts ({len(parts)}); got {ddof!r}")
 
