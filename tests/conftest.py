@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
 
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
@@ -11,12 +16,6 @@ for _name, _value in {
     "HF_HUB_OFFLINE": "1",
 }.items():
     os.environ.setdefault(_name, _value)  # before anything imports torch
-
-from collections.abc import Generator
-from typing import Any
-
-import pytest
-from hypothesis import HealthCheck, settings
 
 STRICT = os.environ.get("AGENTGYM_STRICT", "") not in ("", "0")
 
