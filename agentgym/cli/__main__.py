@@ -1,0 +1,7 @@
+"""`python -m agentgym.cli`, where no script is installed."""
+
+import sys
+
+from agentgym.cli import main
+
+sys.exit(main())
