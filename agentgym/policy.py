@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
+from agentgym.errors import EngineFault
 from agentgym.types import Action, Draft, Episode, Observation, Sampling, WeightsVersion
 
 
@@ -66,8 +67,17 @@ class Scripted:
         return ScriptedSession(self.script(episode, agent))
 
 
+def left() -> EngineFault:
+    """What a session raises when it is asked to act after it was left."""
+    return EngineFault("this session was left and acts no more; open another one with policy.session(...)")
+
+
+def _left(observation: Observation) -> Action:
+    raise left()
+
+
 class ScriptedSession:
-    """The session of a `Scripted` policy: nothing is held, so nothing is released."""
+    """The session of a `Scripted` policy. Left, it forgets its act-function and refuses to act."""
 
     __slots__ = ("decide",)
 
@@ -80,7 +90,7 @@ class ScriptedSession:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        self.decide = _left
 
     async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
         found = self.decide(observation)

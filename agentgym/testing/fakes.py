@@ -19,7 +19,7 @@ import numpy as np
 
 from agentgym.env import SingleAgentEnv
 from agentgym.errors import ConfigError, EnvironmentFault
-from agentgym.policy import Policy, Scripted
+from agentgym.policy import Policy, Scripted, left
 from agentgym.seeding import key, rng, share
 from agentgym.types import (
     Action,
@@ -150,11 +150,17 @@ class FlakyEnv(CountingEnv):
 # --- policies ---------------------------------------------------------------------------------------------------
 
 
+LEFT = -1
+"""In place of the turn number: this session was left."""
+
+
 class FakePolicy:
     """Says these texts in order, in each episode from the first on, and the last one for ever.
 
     `opened` and `closed` count its sessions: they are equal when everything was released.
     """
+
+    deterministic = True
 
     def __init__(self, texts: Sequence[str] = ("",)) -> None:
         if not texts:
@@ -178,8 +184,11 @@ class _FakeSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.policy.closed += 1
+        self.turn = LEFT
 
     async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
+        if self.turn == LEFT:
+            raise left()
         text = self.policy.texts[min(self.turn, len(self.policy.texts) - 1)]
         self.turn += 1
         return Action(text=text)
@@ -214,6 +223,7 @@ class SimulatedPolicy:
     """
 
     POOL = 1 << 16
+    deterministic = True
 
     def __init__(
         self, latency: Latency | float = 0.0, tokens: int = 30, *, prompt: int = 55, seed: int = 0, version: int = 0
@@ -260,8 +270,11 @@ class _SimulatedSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.policy.closed += 1
+        self.turn = LEFT
 
     async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
+        if self.turn == LEFT:
+            raise left()
         policy, uniform = self.policy, _uniform(self.drawn, self.turn)
         self.turn += 1
         await asyncio.sleep(policy.latency(uniform))
