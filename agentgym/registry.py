@@ -17,10 +17,11 @@ from typing import Any
 import msgspec
 
 from agentgym.env import Environment
-from agentgym.errors import AgentGymError, ConfigError, DuplicateName, MissingExtra, unknown
+from agentgym.errors import ConfigError, DuplicateName, MissingExtra, unknown
 
 KINDS = ("envs", "policies", "trainers", "objectives", "sandboxes", "commands", "presets", "benches")
 SINGULAR = {"envs": "environment", "policies": "policy", "sandboxes": "sandbox", "benches": "benchmark"}
+GYM = "gym:"
 _ENV_ID = re.compile(r"(?:[\w.-]+/)?[A-Za-z][\w-]*-v\d+")
 
 
@@ -104,7 +105,9 @@ def _discovered(kind: str) -> dict[str, Spec]:
 
 
 def lookup(id: str, kind: str = "envs") -> Spec:
-    """The spec of a name, or an `UnknownName` that names the nearest one."""
+    """The spec of a name, or an `UnknownName` that names the nearest one. "gym:ID" is any gymnasium environment."""
+    if kind == "envs" and id.startswith(GYM):
+        return Spec(id=id, target="agentgym.adapters:GymEnv", extra="gym", defaults={"gym_id": id.removeprefix(GYM)})
     specs = catalogue(kind)
     if id not in specs:
         raise unknown(SINGULAR.get(kind, kind.rstrip("s")), id, specs)
@@ -134,12 +137,9 @@ def make(id: str, **config: Any) -> Environment:
     The keyword arguments are the environment's config; a misspelt one is an error that names the nearest.
     What is returned may also be a class or function of the accepted shapes (see `agentgym.adapters`), wrapped.
     """
+    from agentgym.adapters import adapt
+
     spec = lookup(id)
-    target = spec.load()
-    check_keywords(f"setting of {id}", target, config)
-    built = target(**{**spec.defaults, **config})
-    if not isinstance(built, Environment):
-        raise AgentGymError(f"{id} is registered as {spec.target}, which made {type(built).__name__}, no Environment")
-    built.__dict__.setdefault("id", id)
+    built = adapt(id, spec.load(), {**spec.defaults, **config})
     built.__dict__["made_with"] = dict(config)
     return built
