@@ -64,7 +64,10 @@ _Node = Callable[[_View], float]
 
 @dataclass(frozen=True, slots=True)
 class _Leaf:
-    """One occurrence. `name` None stands for the whole ledger; `slope` is d value / d total where that is fixed."""
+    """One occurrence. `name` None stands for the whole ledger; `slope` is d value / d total where that is fixed.
+
+    An absent term with a default is a constant: it has nobody to charge, so it belongs to the base.
+    """
 
     place: int
     name: str | None
@@ -73,13 +76,14 @@ class _Leaf:
     default: float | None
 
     def __call__(self, view: _View) -> float:
+        present = self.name in view.totals
+        if self.default is not None and not present:
+            return self.default
         if self.place >= view.active:
             return self.neutral
         view.visited.add(self.place)
-        if self.name in view.totals:
+        if present:
             return view.totals[self.name]
-        if self.default is not None:
-            return self.default
         names = [n for n in view.totals if n is not None]
         raise RecordError(
             f"{unknown('reward term', str(self.name), names)}. The declaration needs it; if it may be absent, write "
@@ -108,7 +112,8 @@ class _Builder:
             return self.leaf(declared, neutral, slope)
         op = _op_of(declared)
         if declared["op"] == "term":
-            return self.leaf(declared["name"], neutral, slope, declared.get("default"))
+            default = _finite(declared["default"], "'default'") if "default" in declared else None
+            return self.leaf(declared["name"], neutral, slope, default)
         return op.build(self, declared, slope)
 
 
