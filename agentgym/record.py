@@ -73,13 +73,16 @@ class Recorder:
 
         A term that names a turn stays there. Else it goes to the latest turn of its agent, and a term without an
         agent (or whose agent never acted) to the last turn; `sole` is the only agent of this step, or "" for several.
+        An empty agent is filled in where one agent only can be meant, but never for level "team".
         """
         last = len(self.rows) - 1
         for term in terms:
             if not isfinite(term.value):
                 raise EnvironmentFault(f"reward term {term.name!r} is {term.value}: a reward is a finite number")
             agent = term.agent or ("" if term.level == "team" else sole)
-            turn = last if term.turn < 0 and agent == sole else self._turn_of(term, agent, last)
+            turn = last
+            if term.turn >= 0 or agent != sole:
+                turn, agent = self._home(term, agent, last)
             self.rows[turn].rewards.append(
                 RewardTerm(
                     name=term.name,
@@ -92,12 +95,13 @@ class Recorder:
                 )
             )
 
-    def _turn_of(self, term: RewardTerm, agent: str, last: int) -> int:
+    def _home(self, term: RewardTerm, agent: str, last: int) -> tuple[int, str]:
+        """(turn, agent) of a term that is not simply the acting agent's latest."""
         if term.turn > last:
             raise EnvironmentFault(f"reward term {term.name!r} names turn {term.turn}; the last so far is {last}")
         if term.turn >= 0:
-            return term.turn
-        return next((i for i in range(last, -1, -1) if self.rows[i].agent == agent), last)
+            return term.turn, term.agent or ("" if term.level == "team" else self.rows[term.turn].agent)
+        return next((i for i in range(last, -1, -1) if self.rows[i].agent == agent), last), agent
 
     def turns(self) -> Turns:
         """A list of turns: holds everything."""
