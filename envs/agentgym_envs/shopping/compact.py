@@ -1,0 +1,388 @@
+"""The compact surface: a closed vocabulary of single words for small models.
+
+    want category laptop ; color red
+    ask brand price                                    ->  answer brand acme ; price p05
+    search category laptop ; brand acme ; price p05    ->  found 3 : r1 brand acme price p04 ; r2 brand acme price p05
+    recommend r1 because brand acme ; price p05
+
+One space between words, never more than `MAX_WORDS` of them. A catalogue's value is one word; a number is a bucket, p01
+the lowest edge; `price p05` means at most edge 5 (at least, where higher is better), and of an item the tightest edge
+that holds. r1..r5 are the items last shown, c1.. those in the cart.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from agentgym.types import Action, Message, Observation
+from agentgym_envs.shopping.catalogue import NAMED_VALUES, Catalogue, Choice, Constraint
+from agentgym_envs.shopping.desk import Desk
+from agentgym_envs.shopping.requests import (
+    Ask,
+    Attributes,
+    Cart,
+    CartAdd,
+    CartRemove,
+    Checkout,
+    Compare,
+    Compared,
+    Event,
+    Found,
+    ListAttributes,
+    Malformed,
+    ProblemKind,
+    Reason,
+    Recommend,
+    Request,
+    Say,
+    Search,
+    Show,
+    Spoken,
+    View,
+    Viewed,
+)
+from agentgym_envs.shopping.tasks import Brief, Need
+from agentgym_envs.shopping.user import Act
+
+MAX_WORDS = 120
+MAX_SLOTS = 30
+HANDLES = tuple(f"r{i}" for i in range(1, 6))
+CART = tuple(f"c{i}" for i in range(1, 6))
+COUNTS = tuple(str(i) for i in range(21))
+COMMANDS = (
+    "ask", "search", "view", "compare", "attributes", "show", "add", "remove", "recommend", "checkout", "say",
+)  # fmt: skip
+REPLIES = (
+    "want", "answer", "found", "item", "table", "slots", "cart", "error", "accept", "reject", "unsure", "change",
+    "listen", "which", "budget", "voucher", "from", "one_seller", "within", "over",
+)  # fmt: skip
+MARKS = (";", ":", "|", "because", "any", "vague", "best", "other", "many", "sort", "page", "stock", "none")
+ERRORS: dict[ProblemKind, str] = {
+    "unparsable": "unknown word", "unknown_tool": "unknown word", "bad_arguments": "bad form",
+    "unknown_slot": "unknown slot", "unknown_value": "unknown value", "unknown_item": "unknown item",
+    "not_here": "not here", "empty_cart": "empty cart", "too_many_calls": "bad form",
+}  # fmt: skip
+_ERROR_WORDS = tuple(dict.fromkeys(" ".join(ERRORS.values()).split()))
+RESERVED = tuple(dict.fromkeys((*COMMANDS, *REPLIES, *MARKS, *_ERROR_WORDS, *HANDLES, *CART, *COUNTS)))
+
+
+class Lexicon:
+    """The words of a catalogue: one per slot, value and bucket. Built once, shared by all episodes."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        self.slots = tuple(catalogue.columns)[:MAX_SLOTS]
+        self.value_words = {n: _value_words(c) for n in self.slots if isinstance(c := catalogue.columns[n], Choice)}
+        self.values = {n: {word: value for value, word in words.items()} for n, words in self.value_words.items()}
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """Every word that can be produced or accepted, in a stable order, each once."""
+        most = max((len(c.edges) for c in self.catalogue.numbers.values()), default=0)
+        buckets = [f"p{i:02d}" for i in range(1, most + 1)]
+        values = [word for words in self.value_words.values() for word in words.values()]
+        return list(dict.fromkeys((*RESERVED, *self.slots, *buckets, *values)))
+
+    def word(self, slot: str, value: str | float | None) -> str:
+        """The word of an item's value, or of a wish's: the bucket of an edge is the edge itself."""
+        if value is None:
+            return "none"
+        if slot in self.value_words:
+            return self.value_words[slot].get(str(value), "other")
+        return f"p{self.catalogue.numbers[slot].bucket(float(value)) + 1:02d}"
+
+    def wish(self, slot: str, word: str) -> Constraint | Malformed:
+        """The wish behind `slot word`."""
+        if slot not in self.slots:
+            return Malformed(kind="unknown_slot", detail=slot)
+        if slot in self.values:
+            value = self.values[slot].get(word)
+            return Constraint(slot, "is", value) if value is not None else Malformed(kind="unknown_value", detail=word)
+        column = self.catalogue.numbers[slot]
+        at = int(word[1:]) - 1 if re.fullmatch(r"p[0-9]{2}", word) else -1
+        if not 0 <= at < len(column.edges):
+            return Malformed(kind="unknown_value", detail=word)
+        return Constraint(slot, column.bound, float(column.edges[at]))
+
+    def fields(self, row: int, slots: Sequence[str], joint: str = " ") -> str:
+        """`slot value` of a row for each slot it has a value in."""
+        read = ((slot, self.catalogue.columns[slot].read(row)) for slot in slots)
+        return joint.join(f"{slot} {self.word(slot, value)}" for slot, value in read if value is not None)
+
+
+def slug(text: str) -> str:
+    """One word of any text: letters and digits, joined by underscores, at most 24 characters."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return re.sub(r"\W+", "_", folded).strip("_")[:24].strip("_") or "value"
+
+
+def _value_words(column: Choice) -> dict[str, str]:
+    """value -> word, unique within the column and never a word of the grammar."""
+    taken = set(RESERVED)
+    words: dict[str, str] = {}
+    for value in column.values[:NAMED_VALUES]:
+        base = word = slug(value)
+        count = 1
+        while word in taken or re.fullmatch(r"p\d\d", word):
+            count += 1
+            word = f"{base}_{count}"
+        taken.add(word)
+        words[value] = word
+    return words
+
+
+class Compact:
+    """The surface of one episode: reads actions into requests, writes events into words. Holds the handles."""
+
+    def __init__(self, lexicon: Lexicon) -> None:
+        self.lexicon = lexicon
+        self.handles: list[int] = []
+
+    def fork(self) -> Compact:
+        twin = Compact(self.lexicon)
+        twin.handles = list(self.handles)
+        return twin
+
+    # --- to the agent -------------------------------------------------------------------------------------------
+
+    def open(self, desk: Desk) -> Observation:
+        self.handles = [desk.catalogue.row_of[id] for need in desk.brief.needs for id in need.among]
+        return _said(" ".join(("want", self._wants(desk.brief))))
+
+    def show(self, desk: Desk, events: Sequence[Event]) -> Observation:
+        return _said(" | ".join(self._event(desk, event) for event in events))
+
+    def _wants(self, brief: Brief) -> str:
+        many = len(brief.needs) > 1
+        parts = [(f"item {i + 1} " if many else "") + self._need(need) for i, need in enumerate(brief.needs)]
+        if brief.purse is not None:
+            parts.append(f"budget {self.lexicon.word('price', brief.purse.level)}")
+            if brief.purse.percent:
+                parts.append(f"voucher {brief.purse.percent} from {self.lexicon.word('price', brief.purse.threshold)}")
+            if brief.purse.one_seller:
+                parts.append("one_seller")
+        return " | ".join(parts)
+
+    def _need(self, need: Need) -> str:
+        parts = [f"{c.slot} {self.lexicon.word(c.slot, c.value)}" for c in need.visible]
+        parts += [f"{slot} vague" for slot in need.hints]
+        parts += [f"best {need.best}"] if need.best else []
+        which = f" | which {' '.join(HANDLES[: len(need.among)])}" if need.among else ""
+        return (" ; ".join(parts) or "any") + which
+
+    def _event(self, desk: Desk, event: Event) -> str:
+        lexicon = self.lexicon
+        if isinstance(event, Found):
+            self.handles = list(event.rows)
+            count = str(event.total) if event.total < len(COUNTS) else "many"
+            return f"found {count}" + (f" : {self._rows(event.rows, HANDLES)}" if event.rows else "")
+        if isinstance(event, Viewed):
+            return f"item {self._handle(desk, event.row)} {lexicon.fields(event.row, lexicon.slots, ' ; ')}"
+        if isinstance(event, Compared):
+            slots = event.slots or desk.catalogue.schema(desk.catalogue.category(event.rows[0]))[:4]
+            names = [self._handle(desk, row) for row in event.rows]
+            return f"table {self._rows(event.rows, names, slots)}"
+        if isinstance(event, Attributes):
+            return f"slots {' '.join(s for s in event.slots if s in lexicon.slots) or 'none'}"
+        if isinstance(event, Cart):
+            return self._cart(desk, event)
+        if isinstance(event, Spoken):
+            return self._acts(event.acts)
+        return f"error {ERRORS[event.kind]}"
+
+    def _rows(self, rows: Sequence[int], names: Sequence[str], slots: Sequence[str] = ()) -> str:
+        shown = [s for s in slots or ("brand", "price") if s in self.lexicon.slots]
+        shown = shown or [s for s in self.lexicon.slots if s != "category"][:2]
+        pairs = zip(names, rows, strict=False)
+        return " ; ".join(f"{name} {self.lexicon.fields(row, shown)}".strip() for name, row in pairs)
+
+    def _cart(self, desk: Desk, cart: Cart) -> str:
+        if not cart.lines:
+            return "cart none"
+        purse = desk.brief.purse
+        fits = purse is None or (math.isfinite(cart.total) and purse.covers(cart.total))
+        return f"cart {self._rows([row for row, _ in cart.lines], CART)} | {'within' if fits else 'over'} budget"
+
+    def _acts(self, acts: Sequence[Act]) -> str:
+        answers = [self._answer(a) for a in acts if a.kind in ("INFORM", "NO_PREF", "VAGUE")]
+        lead = f"item {acts[0].need + 1} " if answers and acts[0].need else ""
+        parts = [f"answer {lead}{' ; '.join(answers)}"] if answers else []
+        return " | ".join(parts + [self._reaction(a) for a in acts if a.kind not in ("INFORM", "NO_PREF", "VAGUE")])
+
+    def _answer(self, act: Act) -> str:
+        if act.wish is None:
+            return f"{act.slot} {'any' if act.kind == 'NO_PREF' else 'vague'}"
+        return f"{act.slot} {'best' if act.wish.op == 'prefer' else self.lexicon.word(act.slot, act.wish.value)}"
+
+    def _reaction(self, act: Act) -> str:
+        if act.kind in ("REJECT", "CHANGE") and act.wish is not None:
+            place = f" {act.position}" if act.position else ""
+            return f"{act.kind.lower()}{place} {act.slot} {self.lexicon.word(act.slot, act.wish.value)}"
+        return f"{act.kind.lower()} {act.position}" if act.position else act.kind.lower()
+
+    def _handle(self, desk: Desk, row: int) -> str:
+        """The word for an item: its handle, or its place in the cart."""
+        if row in self.handles:
+            return HANDLES[self.handles.index(row)]
+        lines = list(desk.cart)
+        return CART[lines.index(row)] if row in lines[: len(CART)] else "other"
+
+    # --- from the agent -----------------------------------------------------------------------------------------
+
+    def read(self, desk: Desk, action: Action) -> list[Request]:
+        """The one request of an action's text; whatever is no command is a `Malformed`."""
+        words = action.text[: MAX_WORDS * 32].split()
+        if not words or len(words) > MAX_WORDS:
+            return [Malformed(kind="unparsable", detail="no command")]
+        parse = self._parsers.get(words[0])
+        return [parse(desk, words[1:]) if parse else Malformed(kind="unparsable", detail=words[0])]
+
+    @cached_property
+    def _parsers(self) -> dict[str, Callable[[Desk, list[str]], Request]]:
+        return {
+            "ask": self._read_ask,
+            "search": self._read_search,
+            "view": lambda desk, w: self._one(desk, w, lambda item: View(item=item)),
+            "compare": lambda desk, w: self._some(desk, w, 2, 4, lambda items: Compare(items=items)),
+            "attributes": self._read_attributes,
+            "show": lambda desk, w: self._some(desk, w, 1, 3, lambda items: Show(items=items)),
+            "add": lambda desk, w: self._one(desk, w, lambda item: CartAdd(item=item)),
+            "remove": lambda desk, w: self._one(desk, w, lambda item: CartRemove(item=item)),
+            "recommend": self._read_recommend,
+            "checkout": lambda desk, w: self._closing(desk, w, (), lambda reasons: Checkout(reasons=reasons)),
+            "say": lambda desk, w: Say(text=" ".join(w)),
+        }
+
+    def _read_ask(self, desk: Desk, words: list[str]) -> Request:
+        need = 0
+        if words[:1] == ["item"] and len(words) > 1 and words[1] in COUNTS:
+            need, words = int(words[1]) - 1, words[2:]
+        wrong = next((w for w in words if w not in self.lexicon.slots), None)
+        if wrong is not None:
+            return Malformed(kind="unknown_slot", detail=wrong)
+        return Ask(slots=tuple(words), need=need) if words else Malformed(kind="bad_arguments", detail="ask what?")
+
+    def _read_search(self, desk: Desk, words: list[str]) -> Request:
+        filters, sort, page = [], "", 1
+        for part in _split(words, ";"):
+            if len(part) != 2:
+                return Malformed(kind="bad_arguments", detail=" ".join(part))
+            name, value = part
+            if name == "sort" and value in self.lexicon.catalogue.numbers:
+                sort = value
+            elif name == "page" and value in COUNTS[1:]:
+                page = int(value)
+            else:
+                wish = self.lexicon.wish(name, value)
+                if isinstance(wish, Malformed):
+                    return wish
+                filters.append(wish)
+        return Search(filters=tuple(filters), sort=sort, page=page)
+
+    def _read_attributes(self, desk: Desk, words: list[str]) -> Request:
+        if not words:
+            return ListAttributes(category=desk.brief.needs[0].category)
+        value = self.lexicon.values.get("category", {}).get(words[0])
+        return ListAttributes(category=value) if value else Malformed(kind="unknown_value", detail=words[0])
+
+    def _read_recommend(self, desk: Desk, words: list[str]) -> Request:
+        head = words[: words.index("because")] if "because" in words else words
+        items = tuple(self._item(desk, w) for w in head)
+        if not 1 <= len(items) <= 3 or "" in items:
+            return Malformed(kind="bad_arguments", detail="recommend one to three of r1..r5")
+        return self._closing(desk, words[len(head) :], items, lambda reasons: Recommend(items=items, reasons=reasons))
+
+    def _closing(
+        self, desk: Desk, words: list[str], items: tuple[str, ...], make: Callable[[tuple[Reason, ...]], Request]
+    ) -> Request:
+        """`because [r1] slot value ; ...`: reasons for the named item, else for the item before."""
+        if words and words[0] != "because":
+            return Malformed(kind="bad_arguments", detail=words[0])
+        reasons, item = [], items[0] if items else ""
+        for part in _split(words[1:], ";"):
+            if len(part) == 3:
+                item, part = self._item(desk, part[0]), part[1:]
+            wish = self.lexicon.wish(*part) if len(part) == 2 else Malformed(kind="bad_arguments")
+            if isinstance(wish, Malformed) or not item:
+                return wish if isinstance(wish, Malformed) else Malformed(kind="unknown_item")
+            reasons.append(Reason(item=item, claim=wish))
+        return make(tuple(reasons))
+
+    def _one(self, desk: Desk, words: list[str], make: Callable[[str], Request]) -> Request:
+        return self._some(desk, words, 1, 1, lambda items: make(items[0]))
+
+    def _some(
+        self, desk: Desk, words: list[str], low: int, high: int, make: Callable[[tuple[str, ...]], Request]
+    ) -> Request:
+        items = tuple(self._item(desk, w) for w in words)
+        if not low <= len(items) <= high or "" in items:
+            return Malformed(kind="bad_arguments", detail=f"{low} to {high} handles")
+        return make(items)
+
+    def _item(self, desk: Desk, word: str) -> str:
+        """The id behind a handle; the handle itself where it is not in use; "" for any other word."""
+        if word in HANDLES:
+            at = HANDLES.index(word)
+            return desk.catalogue.ids[self.handles[at]] if at < len(self.handles) else word
+        if word in CART:
+            lines = list(desk.cart)
+            at = CART.index(word)
+            return desk.catalogue.ids[lines[at]] if at < len(lines) else word
+        return ""
+
+    # --- for scripted policies ----------------------------------------------------------------------------------
+
+    def write(self, desk: Desk, request: Request) -> Action:
+        """The canonical words of a request: what `read` turns into the same request."""
+        return Action(text=" ".join(self._words(desk, request)))
+
+    def _words(self, desk: Desk, request: Request) -> list[str]:
+        name = lambda item: self._handle(desk, desk.catalogue.row_of.get(item, -1))  # noqa: E731
+        if isinstance(request, Ask):
+            return ["ask", *(["item", str(request.need + 1)] if request.need else []), *request.slots]
+        if isinstance(request, Search):
+            parts = [self._pair(c) for c in request.filters]
+            parts += [f"sort {request.sort}"] if request.sort else []
+            parts += [f"page {request.page}"] if request.page > 1 else []
+            return ["search", *([" ; ".join(parts)] if parts else [])]
+        if isinstance(request, View | CartAdd | CartRemove):
+            return [{View: "view", CartAdd: "add", CartRemove: "remove"}[type(request)], name(request.item)]
+        if isinstance(request, Compare | Show):
+            return ["compare" if isinstance(request, Compare) else "show", *map(name, request.items)]
+        if isinstance(request, ListAttributes):
+            return ["attributes", *([self.lexicon.word("category", request.category)] if request.category else [])]
+        if isinstance(request, Recommend):
+            return ["recommend", *map(name, request.items), *self._because(desk, request.reasons, request.items[0])]
+        if isinstance(request, Checkout):
+            return ["checkout", *self._because(desk, request.reasons, "")]
+        return ["say", *(request.text.split() if isinstance(request, Say) else [])]
+
+    def _because(self, desk: Desk, reasons: Sequence[Reason], item: str) -> list[str]:
+        parts = []
+        for reason in reasons:
+            name = f"{self._handle(desk, desk.catalogue.row_of[reason.item])} " if reason.item != item else ""
+            item = reason.item
+            parts.append(f"{name}{self._pair(reason.claim)}")
+        return ["because", " ; ".join(parts)] if parts else []
+
+    def _pair(self, claim: Constraint) -> str:
+        return f"{claim.slot} {self.lexicon.word(claim.slot, claim.value)}"
+
+
+def _said(text: str) -> Observation:
+    return Observation(messages=(Message(role="user", content=text),))
+
+
+def _split(words: Sequence[str], mark: str) -> list[list[str]]:
+    """The words between the marks; nothing at all for no words."""
+    parts: list[list[str]] = [[]] if words else []
+    for word in words:
+        if word == mark:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
