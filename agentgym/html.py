@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from agentgym.figures import figure, looks_numeric
 from agentgym.rewards import composer
 from agentgym.types import (
     Action,
@@ -43,6 +44,8 @@ body.agentgym{margin:0;background:var(--page)}
 .agentgym main{max-width:1000px;margin:0 auto;padding:28px 20px 60px}
 .agentgym h1{font-size:24px;line-height:1.25;margin:0 0 4px;letter-spacing:-.01em}
 .agentgym h2{font-size:16px;margin:34px 0 10px}
+.agentgym .hero{font-size:30px;font-weight:650;letter-spacing:-.02em;margin:14px 0 0}
+.agentgym .hero small{font-size:14px;font-weight:400;letter-spacing:0;color:var(--soft);margin-left:10px}
 .agentgym p{margin:6px 0}.agentgym .soft{color:var(--soft)}
 .agentgym .head{display:flex;flex-wrap:wrap;gap:6px 8px;align-items:center;margin:6px 0 14px}
 .agentgym .chip{display:inline-flex;gap:6px;padding:1px 9px;border:1px solid var(--line);border-radius:99px;
@@ -63,7 +66,8 @@ color:var(--soft);font-size:12.5px}
 white-space:pre-wrap;overflow-wrap:anywhere}
 .agentgym details{margin:10px 0}.agentgym summary{cursor:pointer;padding:3px 0}
 .agentgym .scroll{overflow-x:auto}
-.agentgym table{border-collapse:collapse;background:var(--card);border:1px solid var(--line);border-radius:8px;
+.agentgym table{border-collapse:separate;border-spacing:0;overflow:hidden;background:var(--card);
+border:1px solid var(--line);border-radius:8px;
 font-variant-numeric:tabular-nums}
 .agentgym th,.agentgym td{padding:5px 12px;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
 .agentgym tr:last-child td{border-bottom:0}.agentgym th{color:var(--soft);font-weight:500;font-size:12.5px}
@@ -91,7 +95,7 @@ def page(title: str, body: str) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"<title>{safe(title)}</title><style>{STYLE}</style></head>"
         f'<body class="agentgym"><main>{body}</main></body></html>\n'
     )
 
@@ -131,7 +135,7 @@ def _shares(trajectory: Trajectory, reward: Mapping[str, Any] | None) -> tuple[S
 
 def chip(text: str, tone: str = "", title: str = "") -> str:
     """A small label. `tone` is "", "plus", "minus" or "warn"."""
-    return f'<span class="chip {tone}" title="{escape(title)}">{escape(text)}</span>'
+    return f'<span class="chip {tone}" title="{safe(title)}">{safe(text)}</span>'
 
 
 def signed(name: str, value: float, title: str = "") -> str:
@@ -147,7 +151,7 @@ def _turn(index: int, turn: Turn, shares: Sequence[tuple[RewardTerm, float]]) ->
         if value
     )
     facts = " · ".join(filter(None, (_tokens(turn.spans), _time(turn))))
-    bar = f'<div class="bar"><b>turn {index}</b><span>{escape(turn.agent)}</span><span>{facts}</span><span class="gap">'
+    bar = f'<div class="bar"><b>turn {index}</b><span>{safe(turn.agent)}</span><span>{facts}</span><span class="gap">'
     bar += f"</span>{chips}{signed('Σ', total) if len([v for _, v in shares if v]) > 1 else ''}</div>"
     said = "".join(map(_draft, turn.drafts)) + _say("acts", _action(turn.action), "act")
     return f'<div class="turn">{bar}{_observation(turn.observation)}{said}</div>'
@@ -205,13 +209,14 @@ def _numbers(array: Array) -> str:
 
 def _say(who: str, text: str, kind: str = "") -> str:
     rest = f"\n… {len(text) - TEXT_LIMIT} more characters" if len(text) > TEXT_LIMIT else ""
-    body = escape(_printable(text[:TEXT_LIMIT]) + rest)
-    return f'<div class="say {kind}"><span>{escape(who)}</span><pre>{body}</pre></div>'
+    body = safe(text[:TEXT_LIMIT] + rest)
+    return f'<div class="say {kind}"><span>{safe(who)}</span><pre>{body}</pre></div>'
 
 
-def _printable(text: str) -> str:
-    """Control characters and lone surrogates made visible: a page must hold neither."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+def safe(text: str) -> str:
+    """Any text as text: markup escaped, control characters and lone surrogates made visible."""
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return escape("".join(shown))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -220,21 +225,13 @@ def _printable(text: str) -> str:
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], strong: Iterable[int] = ()) -> str:
     """An HTML table; columns of numbers are right-aligned, the rows numbered in `strong` stand out."""
     cells = [[figure(cell) for cell in row] for row in rows]
-    numeric = [bool(cells) and all(not r[i] or r[i][:1] in "-+−0123456789" for r in cells) for i in range(len(columns))]
-    kinds = [' class="n"' if flag else "" for flag in numeric]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(columns, kinds, strict=True))
+    kinds = [' class="n"' if looks_numeric([row[i] for row in cells]) else "" for i in range(len(columns))]
+    head = "".join(f"<th{kind}>{safe(name)}</th>" for name, kind in zip(columns, kinds, strict=True))
     marked = set(strong)
     body = "".join(
         f"<tr{' class=strong' if i in marked else ''}>"
-        + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
+        + "".join(f"<td{kind}>{safe(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
         + "</tr>"
         for i, row in enumerate(cells)
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def figure(value: Any) -> str:
-    """A number with four digits that matter, the rest as it is."""
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,9 +12,10 @@ import msgspec
 from agentgym import presets
 from agentgym.cli import policies
 from agentgym.cli.environments import make, settings_of
-from agentgym.cli.output import Bar, emit, figure, out, table
+from agentgym.cli.output import Bar, emit, out, table
 from agentgym.errors import ConfigError
 from agentgym.evaluate import Evaluation, evaluate
+from agentgym.figures import figure, percent
 from agentgym.types import Sampling
 
 
@@ -84,7 +85,3 @@ def _rows(found: Evaluation) -> list[tuple[str, str]]:
         rows.append((f"Pass^{found.attempts}", percent(found.pass_all_k)))
     rows.append(("speed", f"{found.turns_per_second:.0f} turns/s, {found.seconds:.1f} s"))
     return rows
-
-
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"

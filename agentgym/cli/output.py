@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from agentgym.figures import figure, looks_numeric
+
 PATIENCE = 2.0
 """Seconds of work before a progress bar appears, and between lines where there is no terminal to draw one on."""
 
@@ -38,18 +40,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     cells = [[figure(cell) for cell in row] for row in rows]
     built = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, name in enumerate(columns):
-        numeric = bool(cells) and all(not row[index] or row[index][:1] in "-+0123456789" for row in cells)
+        numeric = looks_numeric([row[index] for row in cells])
         built.add_column(name, justify="right" if numeric else "left", header_style="dim", overflow="fold")
     for row in cells:
         built.add_row(*row)
     return built
-
-
-def figure(value: Any) -> str:
-    """A number with four digits that matter, the rest as it is."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class Bar:

@@ -15,9 +15,10 @@ from typing import Any
 
 from agentgym import presets
 from agentgym.cli.environments import make, nth_task, settings_of
-from agentgym.cli.output import figure, out, table
+from agentgym.cli.output import out, table
 from agentgym.errors import EngineFault
 from agentgym.evaluate import total
+from agentgym.figures import figure
 from agentgym.policy import Scripted
 from agentgym.rewards import composer
 from agentgym.rollout import Limits, Runner, episodes
