@@ -11,6 +11,7 @@ list of terms:
     GiGPO             Term(scale="none"), Term(key=("prompt", "anchor"), scale="none", credit="return_to_go", gamma=.95)
     GDPO              Term(key=("prompt", "component")), with whiten="trajectories"
     Complementary RL  Term(key=("prompt", "label:experience"))
+    DTPO              Term(component="outcome"), Term(component="tool", credit="turn", weight=0.3)
     HRPO              Term(), Term(key="none", centre="none", scale="none", credit="turn", component="action")
 
 A failed trajectory enters no statistic and gets an empty array: no advantage, which is not an advantage of zero.
@@ -55,7 +56,8 @@ class Term:
                sampled tokens (verl's masked whitening); or nothing
     credit     a trajectory's value to all its turns; each turn its own reward; or each turn what came from it on,
                discounted by `gamma` per step
-    component  read this reward name's raw terms, and not the composed reward
+    component  read this reward name's raw terms, and not the composed reward; with credit "turn" only the turns that
+               carry such a term take part, the others get 0 (DTPO's tool turns, HRPO's action rewards)
     singleton  a group of one has no baseline: advantage zero, or keep its score (verl's GRPO)
     """
 
@@ -165,7 +167,9 @@ class _Batch:
     def scores(self, term: Term) -> Real:
         """The score of each unit, [P] or [K]."""
         if term.credit == "trajectory":
-            return np.asarray([c.value if not term.component else _amount(t, term) for t, c in self.samples], float)
+            return np.asarray(
+                [c.value if not term.component else _amounts(t, term).sum() for t, c in self.samples], float
+            )
         per = (by_turn(c, t) if not term.component else _amounts(t, term) for t, c in self.samples)
         if term.credit == "return_to_go":
             steps = (np.asarray([turn.step for turn in iterate(t.turns)], float) for t, _ in self.samples)
@@ -190,6 +194,13 @@ class _Batch:
             return self.tokens
         return np.bincount(self.owner, self.tokens, len(self.samples)).astype(np.float64)
 
+    def units(self, term: Term) -> NDArray[np.bool_]:
+        """Which of them the term is about: of a component's turns, those that carry a term of its name."""
+        if term.credit != "turn" or not term.component:
+            return np.ones(len(self.samples) if term.credit == "trajectory" else self.size, bool)
+        carried = (np.bincount(turn_of(t), _named(t, term), len(t.turns)) > 0 for t, _ in self.samples)
+        return np.concatenate([np.zeros(0, bool), *carried])
+
     def given(self, term: Term) -> Real:
         """`metrics[term.given]` of each unit's trajectory."""
         for t, _ in self.samples:
@@ -202,14 +213,15 @@ class _Batch:
         return values[self.owner] if term.credit == "trajectory" else values
 
 
+def _named(trajectory: Trajectory, term: Term) -> list[bool]:
+    """Which terms of the ledger the component is made of."""
+    return [r.name == term.component and r.cause == "policy" for r in trajectory.rewards]
+
+
 def _amounts(trajectory: Trajectory, term: Term) -> Real:
     """The raw amount of one reward name in each turn: [turns]."""
-    chosen = [r.value if r.name == term.component and r.cause == "policy" else 0.0 for r in trajectory.rewards]
-    return np.bincount(turn_of(trajectory), chosen, len(trajectory.turns)).astype(np.float64)
-
-
-def _amount(trajectory: Trajectory, term: Term) -> float:
-    return sum(r.value for r in trajectory.rewards if r.name == term.component and r.cause == "policy")
+    values = np.asarray([r.value for r in trajectory.rewards], float) * _named(trajectory, term)
+    return np.bincount(turn_of(trajectory), values, len(trajectory.turns)).astype(np.float64)
 
 
 def _to_go(rewards: Real, steps: Real, gamma: float) -> Real:
@@ -256,7 +268,7 @@ _PARTS: dict[str, Callable[[str, Trajectory], Hashable]] = {
     "none": lambda part, t: "",
 }
 _TURN_PARTS: dict[str, Callable[[int, Turn], Hashable]] = {
-    "anchor": lambda i, turn: turn.observation.anchor,
+    "anchor": lambda i, turn: turn.observation.anchor or object(),  # no name: a state of its own
     "turn": lambda i, turn: i,
     "agent": lambda i, turn: turn.agent,
 }
@@ -277,27 +289,33 @@ def _turn_keys(term: Term, t: Trajectory) -> list[Hashable]:
 
 
 def _estimate(term: Term, batch: _Batch) -> Real:
-    """Centre and scale the scores of one term: one value per unit."""
+    """Centre and scale the scores of one term: one value per unit, 0 for turns that are none of its units."""
     x, g, lengths = batch.scores(term), batch.groups(term), batch.lengths(term)
-    if not len(x):
-        return x
+    given = batch.given(term) if term.centre == "given" else np.zeros_like(x)
+    units = batch.units(term)
+    out = np.zeros_like(x)
+    if units.any():
+        g = np.unique(g[units], return_inverse=True)[1]
+        out[units] = _normalise(term, x[units], g, lengths[units], given[units])
+    return out
+
+
+def _normalise(term: Term, x: Real, g: NDArray[np.intp], lengths: Real, given: Real) -> Real:
+    """All arrays [units]; `g` numbers the groups from 0 without gaps."""
     n = np.bincount(g).astype(np.float64)
-    centred = _centre(term, x, g, n, batch, lengths)
+    centred = x - given if term.centre == "given" else _centre(term, x, g, n, lengths)
     if term.scale == "std":
         centred = centred / (_group_std(x, g, n, term.ddof)[g] + term.eps)
-    if "none" not in term.parts and term.centre != "given":
-        alone = n[g] == 1
-        centred = np.where(alone, x if term.singleton == "keep" or term.centre == "none" else 0.0, centred)
+    if term.centre not in ("given", "none"):
+        centred = np.where(n[g] == 1, x if term.singleton == "keep" else 0.0, centred)
     if term.scale in ("batch", "tokens"):
         return _whiten(centred, lengths if term.scale == "tokens" else np.ones_like(x), term.ddof, term.eps)
     return centred
 
 
-def _centre(term: Term, x: Real, g: NDArray[np.intp], n: Real, batch: _Batch, lengths: Real) -> Real:
+def _centre(term: Term, x: Real, g: NDArray[np.intp], n: Real, lengths: Real) -> Real:
     if term.centre == "none":
         return x
-    if term.centre == "given":
-        return x - batch.given(term)
     if term.centre == "leave_one_out":
         return (x - _group_mean(x, g, np.ones_like(x))[g]) * (n / np.maximum(n - 1, 1))[g]
     weights = lengths if term.centre == "length_weighted" else np.ones_like(x)
