@@ -432,6 +432,7 @@ class Columns(Record, frozen=True, kw_only=True, tag="columns", dict=True, gc=Tr
         return sum(len(column.steps) for column in self.agents.values())
 
     def __getitem__(self, index: int) -> Turn:
+        index = range(len(self))[index]
         step, name, row = self.order[index]
         c = self.agents[name]
         return Turn(
