@@ -1,0 +1,269 @@
+"""`TorchEngine`: any causal language model in hub format as a policy, with exact token records.
+
+    engine = TorchEngine.from_checkpoint("path/to/model", slots=64)
+    async with engine.session(episode, agent) as session:
+        action = await session.act(observation)          # action.span holds ids and log-probs
+
+All torch work happens in one engine thread. Event loops hand it jobs through an inbox and get their answers in one
+wake-up per step. The weights are the given module's own: a learner that shares it changes them in place while nothing
+is being sampled, then calls `publish`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from agentgym import seeding
+from agentgym.errors import ConfigError, EngineFault, ModelError
+from agentgym.modeling import build
+from agentgym.modeling import tokenizer as tokenizers
+from agentgym.modeling.renderer import History, Prompt, Renderer
+from agentgym.types import Action, Episode, Floats, Ids, Observation, Sampling, TokenSpan, WeightsVersion
+from agentgym_policies.batching import Batcher, Job
+from agentgym_policies.sampling import check, plain
+from agentgym_policies.slots import Row, store_for
+
+
+class TorchEngine:
+    """Continuous batching over `slots` leased cache rows of `max_length` tokens each; see the module.
+
+    `seed` enters every draw together with (episode.seed, episode.member, agent, turn). `deterministic` gives each pass
+    a shape that depends on one session's history alone, and keeps evicted caches as copies: the same seed gives the
+    same ids and log-probs bit for bit on one machine, thread count and set of versions, in whatever order sessions
+    arrive. `threads` sets torch's threads in the engine thread.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        renderer: Renderer,
+        *,
+        slots: int = 64,
+        max_length: int = 1024,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        version: int = 0,
+        deterministic: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        _check_sizes(model, slots, max_length)
+        self.model, self.renderer, self.max_length, self.seed = model, renderer, max_length, seed
+        self.sampling = check(sampling or Sampling())
+        store = store_for(model, slots, max_length, deterministic=deterministic)
+        self._batcher = Batcher(store, slots, renderer.end_ids, renderer.decode, exact=deterministic, version=version)
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._done: list[Job] = []  # touched by the engine thread alone
+        self._lock = threading.Lock()
+        self._pumping = False
+        self._thread = ThreadPoolExecutor(
+            1, "agentgym-engine", initializer=None if threads is None else lambda: torch.set_num_threads(threads)
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        history: History = "append",
+        template: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """An engine for a local folder in hub format; `options` are those of the class."""
+        renderer = Renderer(tokenizers.load(path), history, template=template)
+        return cls(build.load(path, device=device, dtype=dtype), renderer, **options)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.renderer.tokenizer
+
+    @property
+    def version(self) -> int:
+        """Of the weights at work."""
+        return self._batcher.version
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Since the start: tokens sampled, prefilled, reused, rebuilt; passes; evictions."""
+        return dict(self._batcher.counts)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._batcher.free)
+
+    def session(self, episode: Episode, agent: str) -> TorchSession:
+        return TorchSession(self, episode, agent)
+
+    async def publish(self, version: WeightsVersion) -> None:
+        """The shared module now holds these weights: bump the version, drop every cache, after the step under way."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def swap() -> None:
+            self._batcher.invalidate(version.number)
+            loop.call_soon_threadsafe(_resolve, future)
+
+        self._post(swap)
+        await future
+
+    def close(self) -> None:
+        """End the engine thread once it is idle. An engine that is dropped closes itself."""
+        self._thread.shutdown(wait=True)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        """Hand a command to the engine thread, and wake it if it sleeps."""
+        with self._lock:
+            self._inbox.append(command)
+            if not self._pumping:
+                self._thread.submit(self._pump)
+                self._pumping = True
+
+    def _pump(self) -> None:
+        """The engine thread at work, until there is none left."""
+        while True:
+            with self._lock:
+                commands = list(self._inbox)
+                self._inbox.clear()
+                self._pumping = bool(commands) or self._batcher.busy
+            if not self._pumping:
+                return
+            try:
+                for command in commands:
+                    command()
+                self._batcher.step()
+            except Exception as error:
+                self._batcher.fail(error)
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Wake each event loop once for all of its replies that ended."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
+        for job in self._done:
+            by_loop.setdefault(job.ticket.get_loop(), []).append(job)
+        self._done.clear()
+        for loop, jobs in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop has closed, and nobody waits any more
+                loop.call_soon_threadsafe(_settle, jobs)
+
+    async def _sample(self, job: Job) -> Job:
+        """Wait for a reply; a cancelled wait cancels the reply."""
+        job.ticket = asyncio.get_running_loop().create_future()
+        self._post(lambda: self._batcher.submit(job))
+        try:
+            await job.ticket
+        except asyncio.CancelledError:
+            job.cancelled = True
+            raise
+        if job.error is not None:
+            raise EngineFault(f"the engine failed: {type(job.error).__name__}: {job.error}") from job.error
+        return job
+
+
+def _check_sizes(model: Any, slots: int, max_length: int) -> None:
+    if slots < 1 or max_length < 2:
+        raise ConfigError(f"an engine needs at least 1 slot and 2 tokens of length; got {slots} and {max_length}")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise ModelError(f"max_length {max_length} is beyond the {limit} positions of this model; lower max_length")
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _settle(jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        _resolve(job.ticket)
+
+
+class TorchSession:
+    """One agent in one episode: its conversation and its cache row. Leaving it, also by cancellation, releases the row."""
+
+    def __init__(self, engine: TorchEngine, episode: Episode, agent: str) -> None:
+        self.engine = engine
+        self.conversation = engine.renderer.conversation()
+        self._noise = (engine.seed, "sampling", episode.seed, episode.member, agent)
+        self._row = Row()
+        self._turn = 0
+        self._torn = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._turn:
+            self.engine._post(lambda: self.engine._batcher.release(self._row))
+
+    async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
+        """Sample a reply to what is new.
+
+        A context that leaves no room is an outcome: an empty reply with finish "length". Only a first prompt that
+        does not fit is a `ModelError`. After a cancelled or failed call the session cannot go on (`EngineFault`).
+        """
+        if self._torn:
+            raise EngineFault("this session lost a reply by cancellation or an engine failure; open a new one")
+        chosen = self.engine.sampling if sampling is None else check(sampling)
+        prompt = self._observe(observation)
+        job = self._job(prompt, chosen)
+        self._turn += 1
+        if job.room > 0:
+            self._torn = True
+            await self.engine._sample(job)
+            self._torn = False
+        else:
+            job.finish = "length"
+        return self._action(prompt, job)
+
+    def _observe(self, observation: Observation) -> Prompt:
+        if observation.array is not None:
+            raise ModelError("a language model cannot read an array observation; wrap the environment to speak text")
+        prompt = self.conversation.observe(observation.messages, observation.tools)
+        length, limit = len(self.conversation.ids), self.engine.max_length
+        if not self._turn and length >= limit:
+            raise ModelError(
+                f"the first prompt has {length} tokens, max_length is {limit}: raise max_length or shorten the prompt"
+            )
+        return prompt
+
+    def _job(self, prompt: Prompt, sampling: Sampling) -> Job:
+        context = list(self.conversation.ids)
+        return Job(
+            row=self._row,
+            context=context,
+            keep=len(context) if prompt.parent is None else prompt.parent[1],
+            sampling=sampling,
+            key=seeding.key(*self._noise, self._turn),
+            room=min(sampling.max_tokens, self.engine.max_length - len(context)),
+            finished=self.engine._done.append,
+        )
+
+    def _action(self, prompt: Prompt, job: Job) -> Action:
+        """The reply with its exact record."""
+        text, calls = self.engine.renderer.reply(job.ids)
+        span = TokenSpan(
+            prompt=Ids(prompt.ids),
+            ids=Ids(job.ids),
+            suffix=Ids(self.conversation.reply(job.ids)),
+            logprobs=Floats(job.logprobs),
+            sampled_logprobs=Floats() if plain(job.sampling) else Floats(job.processed),
+            versions=tuple(job.versions),
+            sampling=job.sampling,
+            finish=job.finish,
+            branch=prompt.branch,
+            parent=prompt.parent,
+        )
+        return Action(text=text, tool_calls=calls, span=span)
