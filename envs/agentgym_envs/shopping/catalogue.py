@@ -57,9 +57,14 @@ class Choice:
     def code_of(self) -> dict[str, int]:
         return {value: code for code, value in enumerate(self.values)}
 
+    @cached_property
+    def folded(self) -> dict[str, str]:
+        """Case-folded value -> value; the more frequent of equals."""
+        return {value.casefold(): value for value in reversed(self.values)}
+
     @property
     def present(self) -> NDArray[np.bool_]:
-        return self.codes >= 0
+        return np.asarray(self.codes >= 0)
 
     def holds(self, rows: Rows | slice, op: Op, value: str | float) -> NDArray[np.bool_]:
         """Which of these rows satisfy it."""
@@ -192,12 +197,10 @@ class Catalogue:
         """Equal catalogues have equal fingerprints in any process."""
         parts: list[str | bytes] = ["\x1f".join(self.ids), "\x1f".join(self.titles), self.stock.tobytes()]
         for name, column in self.columns.items():
-            data = column.codes if isinstance(column, Choice) else column.values
-            parts += [
-                name,
-                data.tobytes(),
-                repr(column.values if isinstance(column, Choice) else column.edges.tolist()),
-            ]
+            if isinstance(column, Choice):
+                parts += [name, column.codes.tobytes(), repr(column.values)]
+            else:
+                parts += [name, column.values.tobytes(), column.edges.tobytes()]
         return digest(*parts).hex()
 
     @cached_property

@@ -34,6 +34,7 @@ from agentgym_envs.shopping.requests import (
     Found,
     ListAttributes,
     Malformed,
+    Problem,
     ProblemKind,
     Reason,
     Recommend,
@@ -175,24 +176,24 @@ class Compact:
         return (" ; ".join(parts) or "any") + which
 
     def _event(self, desk: Desk, event: Event) -> str:
-        lexicon = self.lexicon
-        if isinstance(event, Found):
-            self.handles = list(event.rows)
-            count = str(event.total) if event.total < len(COUNTS) else "many"
-            return f"found {count}" + (f" : {self._rows(event.rows, HANDLES)}" if event.rows else "")
-        if isinstance(event, Viewed):
-            return f"item {self._handle(desk, event.row)} {lexicon.fields(event.row, lexicon.slots, ' ; ')}"
-        if isinstance(event, Compared):
-            slots = event.slots or desk.catalogue.schema(desk.catalogue.category(event.rows[0]))[:4]
-            names = [self._handle(desk, row) for row in event.rows]
-            return f"table {self._rows(event.rows, names, slots)}"
-        if isinstance(event, Attributes):
-            return f"slots {' '.join(s for s in event.slots if s in lexicon.slots) or 'none'}"
-        if isinstance(event, Cart):
-            return self._cart(desk, event)
-        if isinstance(event, Spoken):
-            return self._acts(event.acts)
-        return f"error {ERRORS[event.kind]}"
+        match event:
+            case Found(total=total, rows=rows):
+                self.handles = list(rows)
+                count = str(total) if total < len(COUNTS) else "many"
+                return f"found {count}" + (f" : {self._rows(rows, HANDLES)}" if rows else "")
+            case Viewed(row=row):
+                return f"item {self._handle(desk, row)} {self.lexicon.fields(row, self.lexicon.slots, ' ; ')}"
+            case Compared(rows=rows, slots=slots):
+                shown = slots or desk.catalogue.schema(desk.catalogue.category(rows[0]))[:4]
+                return f"table {self._rows(rows, [self._handle(desk, row) for row in rows], shown)}"
+            case Attributes(slots=slots):
+                return f"slots {' '.join(s for s in slots if s in self.lexicon.slots) or 'none'}"
+            case Cart():
+                return self._cart(desk, event)
+            case Spoken(acts=acts):
+                return self._acts(acts)
+            case Problem(kind=kind):
+                return f"error {ERRORS[kind]}"
 
     def _rows(self, rows: Sequence[int], names: Sequence[str], slots: Sequence[str] = ()) -> str:
         shown = [s for s in slots or ("brand", "price") if s in self.lexicon.slots]
@@ -341,30 +342,44 @@ class Compact:
         return Action(text=" ".join(self._words(desk, request)))
 
     def _words(self, desk: Desk, request: Request) -> list[str]:
-        name = lambda item: self._handle(desk, desk.catalogue.row_of.get(item, -1))  # noqa: E731
-        if isinstance(request, Ask):
-            return ["ask", *(["item", str(request.need + 1)] if request.need else []), *request.slots]
-        if isinstance(request, Search):
-            parts = [self._pair(c) for c in request.filters]
-            parts += [f"sort {request.sort}"] if request.sort else []
-            parts += [f"page {request.page}"] if request.page > 1 else []
-            return ["search", *([" ; ".join(parts)] if parts else [])]
-        if isinstance(request, View | CartAdd | CartRemove):
-            return [{View: "view", CartAdd: "add", CartRemove: "remove"}[type(request)], name(request.item)]
-        if isinstance(request, Compare | Show):
-            return ["compare" if isinstance(request, Compare) else "show", *map(name, request.items)]
-        if isinstance(request, ListAttributes):
-            return ["attributes", *([self.lexicon.word("category", request.category)] if request.category else [])]
-        if isinstance(request, Recommend):
-            return ["recommend", *map(name, request.items), *self._because(desk, request.reasons, request.items[0])]
-        if isinstance(request, Checkout):
-            return ["checkout", *self._because(desk, request.reasons, "")]
-        return ["say", *(request.text.split() if isinstance(request, Say) else [])]
+        match request:
+            case Ask(slots=slots, need=need):
+                return ["ask", *(["item", str(need + 1)] if need else []), *slots]
+            case Search():
+                return self._search_words(request)
+            case View(item=item):
+                return ["view", self._name(desk, item)]
+            case CartAdd(item=item):
+                return ["add", self._name(desk, item)]
+            case CartRemove(item=item):
+                return ["remove", self._name(desk, item)]
+            case Compare(items=items):
+                return ["compare", *(self._name(desk, item) for item in items)]
+            case Show(items=items):
+                return ["show", *(self._name(desk, item) for item in items)]
+            case ListAttributes(category=category):
+                return ["attributes", *([self.lexicon.word("category", category)] if category else [])]
+            case Recommend(items=items, reasons=reasons):
+                return ["recommend", *(self._name(desk, i) for i in items), *self._because(desk, reasons, items[0])]
+            case Checkout(reasons=reasons):
+                return ["checkout", *self._because(desk, reasons, "")]
+            case Say(text=text):
+                return ["say", *text.split()]
+        return []
+
+    def _search_words(self, request: Search) -> list[str]:
+        parts = [self._pair(c) for c in request.filters]
+        parts += [f"sort {request.sort}"] if request.sort else []
+        parts += [f"page {request.page}"] if request.page > 1 else []
+        return ["search", *([" ; ".join(parts)] if parts else [])]
+
+    def _name(self, desk: Desk, item: str) -> str:
+        return self._handle(desk, desk.catalogue.row_of.get(item, -1))
 
     def _because(self, desk: Desk, reasons: Sequence[Reason], item: str) -> list[str]:
         parts = []
         for reason in reasons:
-            name = f"{self._handle(desk, desk.catalogue.row_of[reason.item])} " if reason.item != item else ""
+            name = f"{self._name(desk, reason.item)} " if reason.item != item else ""
             item = reason.item
             parts.append(f"{name}{self._pair(reason.claim)}")
         return ["because", " ; ".join(parts)] if parts else []

@@ -42,7 +42,7 @@ class World:
         return Desk.open(self.catalogue, self.index, brief, key(task.seed, "user"), self.options.results)
 
     def surface(self) -> Surface:
-        return Compact(self.lexicon) if self.options.surface == "compact" else Full(self.lexicon)
+        return Compact(self.lexicon) if self.options.surface == "compact" else Full()
 
 
 def _catalogue(options: Config) -> Catalogue:

@@ -91,20 +91,9 @@ class Malformed(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
-Request = (
-    Search
-    | View
-    | Compare
-    | ListAttributes
-    | Ask
-    | Say
-    | Show
-    | CartAdd
-    | CartRemove
-    | Recommend
-    | Checkout
-    | Malformed
-)
+Buying = CartAdd | CartRemove | Checkout
+Talking = Ask | Say | Show | Recommend
+Request = Search | View | Compare | ListAttributes | Talking | Buying | Malformed
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,9 +1,10 @@
 """The gated hierarchical reward: correctness, then quality, then efficiency (our reconstruction of an HRM).
 
-    R = -1                                  a rule is broken (G0): ungrounded item, unconfirmed purchase, too many errors
-    R = 0                                   nothing was recommended
-    R = 0.30 c^2                            a hard wish is missed (c: weighted share of wishes met)
-    R = 0.50 + 0.35 q + 0.15 e [q >= 0.5]   all hold; q = 0.6 utility + 0.4 evidence, e = efficiency
+    R = -1             a rule is broken (G0): ungrounded item, unconfirmed purchase, too many errors
+    R = 0              nothing was recommended
+    R = 0.30 c^2       a hard wish is missed (c: weighted share of wishes met)
+    R = 0.50 + 0.35 q + 0.15 e [q >= 0.5]
+                       all hold; q = 0.6 utility + 0.4 evidence, e = efficiency
 
 The levels are disjoint ranges, so nothing of a higher level can be bought with a lower one. The environment emits the
 quantities; `HRM` is the default declaration that composes them, `hrm` the same in plain arithmetic.

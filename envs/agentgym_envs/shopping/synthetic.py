@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from agentgym.seeding import rng, share
-from agentgym_envs.shopping.catalogue import Catalogue, Slot, choice, number
+from agentgym_envs.shopping.catalogue import Catalogue, Column, Slot, choice, number
 
 COLORS = ("black", "white", "red", "blue", "green", "grey", "yellow", "brown")
 SELLERS = ("northshop", "cityware", "plaza", "outpost", "harbour")
@@ -143,7 +143,7 @@ def _tidy(price: float) -> float:
 
 def _assemble(items: list[_Item], buckets: int) -> Catalogue:
     numeric = ("price", "rating", *NUMBERS)
-    columns = {}
+    columns: dict[str, Column] = {}
     for name, slot in SLOTS.items():
         if name in numeric:
             columns[name] = number(slot, [item.numbers.get(name) for item in items], buckets)

@@ -103,7 +103,7 @@ def pack(brief: Brief, *, split: str, seed: int) -> Task:
     """A brief as a task record."""
     hidden = sum(len(need.hidden) for need in brief.needs)
     payload = msgspec.to_builtins(brief)
-    labels = {"intent": brief.intent}
+    labels: dict[str, str] = {"intent": brief.intent}
     return Task(env="shopping-v0", split=split, seed=seed, difficulty=float(hidden), payload=payload, labels=labels)
 
 
@@ -166,7 +166,8 @@ class _Draw:
         first = self.need(self.g.choice(pool))
         if first is None:
             return None
-        needs, purse = (first,), None
+        needs: tuple[Need, ...] = (first,)
+        purse: Purse | None = None
         if self.intent == "bundle":
             second = self.second(first)
             if second is None:
