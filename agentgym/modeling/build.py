@@ -29,12 +29,13 @@ def tiny(
     head_dim: int | None = None,
     max_length: int = 4096,
     rope_theta: float = 10_000.0,
+    init: float = 0.02,
     seed: int = 0,
 ) -> Any:
     """A randomly initialised Qwen3-class model with tied embeddings, float32, on the CPU, in eval mode.
 
     `intermediate` defaults to 3 x hidden, `head_dim` to hidden / heads. The defaults give 0.6 M parameters at a
-    vocabulary of 300. The weights depend on `seed` alone; the global random state is left as it was.
+    vocabulary of 300. `init` is the standard deviation of the first weights. The weights depend on `seed` alone; the global random state is left as it was.
     """
     if heads % kv_heads:
         raise ModelError(f"{heads} heads cannot share {kv_heads} key/value heads; make one a multiple of the other")
@@ -47,6 +48,7 @@ def tiny(
         head_dim=head_dim or hidden // heads,
         intermediate_size=intermediate or 3 * hidden,
         max_position_embeddings=max_length,
+        initializer_range=init,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -1,0 +1,218 @@
+"""The configuration of a training run: what a preset holds, checked key by key.
+
+    config = resolve("shopping/laptop", ["run.seed=1", "rollout.group_size=16"])
+
+Every key of every section is a field below, with its default; a misspelt one is an error that names the nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from agentgym.advantages import Term
+from agentgym.errors import AgentGymError, ConfigError, unknown
+from agentgym.presets import merge, parse_settings, read_preset, read_toml
+from agentgym.rewards import check_gamma, composer
+from agentgym.rollout import Limits
+from agentgym.types import Sampling
+from agentgym_trainers.learner import Optim
+from agentgym_trainers.objective import Gate, Objective, Struct
+
+
+class RunConfig(Struct, frozen=True, kw_only=True):
+    """algorithm         "policy_gradient", or "best_of_n": imitate the best member of each group (the baseline that
+                         tells reinforcement from more imitation)
+    steps             updates after the warm start
+    deterministic     bit-identical weights on one machine and set of versions; slower
+    threads           of torch; 0 = leave as it is
+    checkpoint_every  updates between checkpoints; `keep` of them stay
+    """
+
+    seed: int = 0
+    algorithm: Literal["policy_gradient", "best_of_n"] = "policy_gradient"
+    steps: int = 60
+    deterministic: bool = False
+    threads: int = 0
+    checkpoint_every: int = 10
+    keep: int = 2
+
+
+class ModelConfig(Struct, frozen=True, kw_only=True):
+    """A folder in hub format (`path`), or with an empty path a model made here.
+
+    tokenizer   of a model made here: "closed" (a token per word of the environment's vocabulary) or "bpe"
+    vocabulary  size of a "bpe" tokenizer
+    init        standard deviation of the first weights; tiny models learn faster from more than the usual 0.02
+    history     what to do where the chat template rewrites earlier turns: append, branch, refuse
+    template    replaces the tokenizer's chat template ("chatml" or Jinja text); "" keeps it
+    """
+
+    path: str = ""
+    tokenizer: Literal["closed", "bpe"] = "closed"
+    vocabulary: int = 2048
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    init: float = 0.08
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    history: Literal["append", "branch", "refuse"] = "append"
+    template: str = ""
+
+
+class WarmupConfig(Struct, frozen=True, kw_only=True):
+    """Copy warm-up: `length` different random tokens of the vocabulary, said `copies` times; the first time is given.
+
+    It forms the heads that copy, which a tiny model does not find from demonstrations alone.
+    """
+
+    steps: int = 0
+    batch: int = 32
+    length: tuple[int, int] = (6, 20)
+    copies: int = 3
+    optim: Optim = Optim(lr=3e-3, warmup=30, decay=0.5)
+
+
+class SftConfig(Struct, frozen=True, kw_only=True):
+    """Supervised warm start on `demonstrations` episodes of the teacher: names of the environment's ladder and the
+    share of episodes each plays."""
+
+    steps: int = 0
+    batch: int = 32
+    demonstrations: int = 2000
+    teacher: dict[str, float] = msgspec.field(default_factory=lambda: {"teacher": 1.0})
+    optim: Optim = Optim(lr=2e-3, warmup=30, decay=0.7)
+
+
+class RolloutConfig(Struct, frozen=True, kw_only=True):
+    """One update plays `tasks_per_step` tasks, `group_size` times each.
+
+    slots, max_length  of the engine: sequences decoded together, tokens a sequence may have (0 = the engine's default)
+    drop_equal         leave out groups whose returns are all equal: nothing is to be learnt from them
+    limits             deadlines in seconds and the runner's own turn budget; see `rollout.Limits`
+    """
+
+    tasks_per_step: int = 16
+    group_size: int = 8
+    concurrency: int = 256
+    slots: int = 64
+    max_length: int = 0
+    retries: int = 2
+    drop_equal: bool = True
+    max_staleness: int = 0
+    limits: Limits = Limits()
+
+
+class EvalConfig(Struct, frozen=True, kw_only=True):
+    """Before and after, on held-out tasks; `every` updates in between as well (0 = never), `ladder` beside it."""
+
+    split: str = "test"
+    episodes: int = 200
+    attempts: int = 1
+    seed: int = 0
+    every: int = 0
+    ladder: bool = True
+
+
+class Config(Struct, frozen=True, kw_only=True):
+    """A run. `env` holds an `id` and the environment's own settings; `reward` a composer declaration, empty for the
+    environment's own; `advantage` the summed terms; `whiten` as in `advantages.advantages`."""
+
+    env: dict[str, Any]
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    sft: SftConfig = SftConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sampling: Sampling = Sampling(max_tokens=32)
+    reward: dict[str, Any] = msgspec.field(default_factory=dict)
+    advantage: tuple[Term, ...] = (Term(),)
+    whiten: Literal["none", "trajectories", "turns", "tokens"] = "none"
+    objective: Objective = Objective(gate=Gate(high=0.28))
+    optim: Optim = Optim()
+    eval: EvalConfig = EvalConfig()
+
+    def table(self) -> dict[str, Any]:
+        """As plain tables, for a TOML file."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
+
+def resolve(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """A preset's id, a TOML file or a table, with `["a.b=value"]` laid over it, checked.
+
+    Raises `ConfigError` for a key that does not exist (naming its path and the nearest one), a value of the wrong
+    kind, and combinations that cannot be meant.
+    """
+    table: dict[str, Any] = {}
+    if isinstance(source, Path):
+        table = read_toml(source)
+    else:
+        merge(table, read_preset(source) if isinstance(source, str) else source)
+    merge(table, parse_settings(overrides))
+    return from_table(table)
+
+
+def from_table(table: Mapping[str, Any]) -> Config:
+    """A checked config from plain tables."""
+    _check_keys(table, Config, "")
+    try:
+        config = msgspec.convert(table, Config, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{error}".replace(" - at `$.", " (at ").replace("`", ")")) from error
+    _check(config)
+    return config
+
+
+def _check_keys(value: Any, kind: Any, path: str) -> None:
+    """Walk a table beside the types; the first key without a field is an error."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_keys(item, typing.get_args(kind)[0], f"{path}[{index}]")
+    elif isinstance(value, Mapping) and (dataclasses.is_dataclass(kind) or _is_struct(kind)):
+        fields = typing.get_type_hints(kind)
+        known = [name for name in fields if not name.startswith("__")]
+        for key, inner in value.items():
+            where = f"{path}.{key}" if path else str(key)
+            if key not in known:
+                raise ConfigError(f"{where}: {unknown('setting', str(key), known)}")
+            _check_keys(inner, fields[key], where)
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _check(config: Config) -> None:
+    """What no single section can see."""
+    if not isinstance(config.env.get("id"), str):
+        raise ConfigError('env.id is missing: write [env] id = "shopping-v0" (see `agentgym list`)')
+    r, run = config.rollout, config.run
+    if min(r.tasks_per_step, r.group_size, r.slots, run.checkpoint_every, run.keep) < 1 or run.steps < 0:
+        raise ConfigError("tasks_per_step, group_size, slots, checkpoint_every and keep are at least 1, steps 0")
+    if r.max_staleness != 0:
+        raise ConfigError(f"rollout.max_staleness = {r.max_staleness}: this loop is synchronous; set it to 0")
+    if r.group_size == 1 and any("prompt" in term.parts and term.singleton == "zero" for term in config.advantage):
+        raise ConfigError("a group of one has no baseline: set rollout.group_size above 1, or an advantage key 'batch'")
+    if config.reward:
+        composer(config.reward)
+    for term in config.advantage:
+        if term.credit == "return_to_go":
+            _gamma(config.reward, term.gamma)
+
+
+def _gamma(reward: Mapping[str, Any], gamma: float) -> None:
+    try:
+        check_gamma(reward, gamma)
+    except AgentGymError as error:
+        raise ConfigError(f"advantage.gamma: {error}") from error
