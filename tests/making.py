@@ -22,13 +22,13 @@ from agentgym.types import (
 )
 
 
-def span(ids: Sequence[int], prompt: Sequence[int] = (1, 2), **fields: object) -> TokenSpan:
+def span(ids: Sequence[int], prompt: Sequence[int] = (1, 2), suffix: Sequence[int] = (), **fields: object) -> TokenSpan:
     given = {
         "logprobs": Floats([-0.125 * (i % 7) - 0.25 for i in ids]),
         "versions": (VersionRun(start=0, version=3),),
         **fields,
     }
-    return TokenSpan(prompt=Ids(prompt), ids=Ids(ids), **given)  # type: ignore[arg-type]
+    return TokenSpan(prompt=Ids(prompt), ids=Ids(ids), suffix=Ids(suffix), **given)  # type: ignore[arg-type]
 
 
 def ledger(amounts: Mapping[str, float], turn: int = -1) -> tuple[RewardTerm, ...]:
