@@ -188,32 +188,52 @@ def _arrays(draw: random.Random) -> Iterator[Any]:
     yield np.int64(draw.randint(5, 1000))
 
 
+class Rubbish:
+    """The stock that garbage is picked from: texts, values, arrays, and the names the environment knows."""
+
+    def __init__(self, draw: random.Random, tools: tuple[dict[str, Any], ...]) -> None:
+        self.draw = draw
+        self.texts, self.values, self.arrays = list(_texts(draw)), list(_values(draw)), list(_arrays(draw))
+        functions = [function_of(tool) for tool in tools]
+        self.names = [str(f["name"]) for f in functions] or ["no_such_tool"]
+        asked = [k for f in functions for k in (f.get("parameters") or {}).get("properties", {})]
+        self.asked = list(dict.fromkeys(asked)) or ["text"]
+
+    def call(self) -> ToolCall:
+        """A call with values of the wrong types under known and unknown argument names."""
+        draw = self.draw
+        keys = draw.sample(self.asked, min(len(self.asked), 3)) + draw.choice([[], ["nobody_asked"], [""], ["\ud800"]])
+        name = draw.choice([*self.names, *self.names, "no_such_tool", "__class__", "close"])
+        return ToolCall(
+            name=name, arguments={k: draw.choice(self.values) for k in keys}, id=draw.choice(["", "x", "x" * 999])
+        )
+
+    def action(self, turn: int) -> Action:
+        """Text, one call, many calls, a nameless call, an array, text with a call: in turn."""
+        draw = self.draw
+        match turn % 6:
+            case 0:
+                return Action(text=draw.choice(self.texts))
+            case 1:
+                return Action(tool_calls=(self.call(),))
+            case 2:
+                return Action(tool_calls=tuple(self.call() for _ in range(draw.choice([2, 40]))))
+            case 3:
+                return Action(tool_calls=(ToolCall(name=draw.choice(self.texts)),))
+            case 4:
+                return Action(array=Array.of(draw.choice(self.arrays)))
+            case _:
+                return Action(text=draw.choice(self.texts), tool_calls=(self.call(),))
+
+
 def garbage(seed: int, tools: tuple[dict[str, Any], ...], count: int = 200) -> Iterator[Action]:
     """`count` actions that are mistakes, the same for the same seed: to known and unknown tools, as text, as arrays.
 
-    Among the first two are one text and one tool argument of a megabyte.
+    The first is a text of a megabyte, the second a tool argument of one.
     """
-    draw = rng(seed, "garbage")
-    names = [str(function_of(t)["name"]) for t in tools] or ["no_such_tool"]
+    rubbish = Rubbish(rng(seed, "garbage"), tools)
     huge = "z" * MEGABYTE
     yield Action(text=huge)
-    yield Action(tool_calls=(ToolCall(name=names[0], arguments={"text": huge, "query": huge}),))
-    makers: list[Callable[[random.Random], Action]] = [
-        lambda d: Action(text=d.choice(list(_texts(d)))),
-        lambda d: Action(tool_calls=(_bad_call(d, tools, names),)),
-        lambda d: Action(tool_calls=tuple(_bad_call(d, tools, names) for _ in range(d.choice([2, 40])))),
-        lambda d: Action(tool_calls=(ToolCall(name=d.choice(list(_texts(d))), arguments={}),)),
-        lambda d: Action(array=Array.of(d.choice(list(_arrays(d))))),
-        lambda d: Action(text=d.choice(list(_texts(d))), tool_calls=(_bad_call(d, tools, names),)),
-    ]
+    yield Action(tool_calls=(ToolCall(name=rubbish.names[0], arguments=dict.fromkeys(rubbish.asked[:2], huge)),))
     for turn in range(2, count):
-        yield makers[turn % len(makers)](draw)
-
-
-def _bad_call(draw: random.Random, tools: tuple[dict[str, Any], ...], names: list[str]) -> ToolCall:
-    """A call with values of the wrong types under known and unknown argument names."""
-    asked = [k for t in tools for k in (function_of(t).get("parameters") or {}).get("properties", {})] or ["text"]
-    keys = draw.sample(asked, min(len(asked), 3)) + draw.choice([[], ["nobody_asked"], [""], ["\ud800"]])
-    values = list(_values(draw))
-    name = draw.choice([*names, *names, "no_such_tool", "__class__", "close"])
-    return ToolCall(name=name, arguments={k: draw.choice(values) for k in keys}, id=draw.choice(["", "x", "x" * 999]))
+        yield rubbish.action(turn)

@@ -77,14 +77,14 @@ class Cast:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.stack.aclose()
+        await within(self.stack.__aexit__(kind, error, trace), self.patience, "leaving the sessions")
 
     async def act(self, observations: Mapping[str, Observation], step: int) -> dict[str, Action]:
         """One action for every agent that was given an observation."""
         for agent in observations:
             if agent not in self.sessions:
-                session = self.policy.session(self.episode, agent)
-                self.sessions[agent] = await self.stack.enter_async_context(session)
+                entry = self.stack.enter_async_context(self.policy.session(self.episode, agent))
+                self.sessions[agent] = await within(entry, self.patience, f"entering the session of {agent!r}")
         return {
             agent: await within(self.sessions[agent].act(seen), self.patience, f"step {step}: the policy of {agent!r}")
             for agent, seen in observations.items()

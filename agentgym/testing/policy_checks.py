@@ -14,7 +14,7 @@ from agentgym.env import Environment
 from agentgym.errors import AgentGymError
 from agentgym.policy import Policy, Scripted
 from agentgym.registry import make
-from agentgym.testing.drive import Cast, Trace, difference, drive, plain, within
+from agentgym.testing.drive import Cast, Trace, difference, drive, plain
 from agentgym.testing.report import CheckFailed, CheckReport, Item, NotClaimed, describe, run_checks
 from agentgym.testing.subject import Settings, Subject
 from agentgym.types import Action, Episode, Task, TokenSpan, decode, encode
@@ -182,11 +182,13 @@ async def _lease(p: Played, task: Task, number: int) -> weakref.ref[Any] | None:
     """Open a session, act once, leave it."""
     copy = p.env.spawn()
     try:
-        agent, seen = next(iter((await copy.reset(task)).items()))
-        async with p.tested.session(Episode(task=task, seed=p.seed, member=number), agent) as session:
-            await within(session.act(seen), p.patience, "act")
+        seen = await copy.reset(task)
+        async with Cast(p.tested, Episode(task=task, seed=p.seed, member=number), p.patience) as cast:
+            await cast.act(seen, 0)
+            session = next(iter(cast.sessions.values()))
     finally:
         await copy.close()
+    del cast
     try:
         return weakref.ref(session)
     except TypeError:
@@ -249,6 +251,6 @@ ITEMS = (
     Item("independent", independent, ("acts", "same_key")),
     Item("fresh", fresh, ("acts", "same_key")),
     Item("spans", spans, ("acts",)),
-    Item("released", released, ("acts", "same_key")),
     Item("after_close", after_close, ("acts",)),
+    Item("released", released, ("acts", "same_key")),
 )

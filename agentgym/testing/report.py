@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -17,6 +17,9 @@ from agentgym.types import Record
 
 CheckStatus = Literal["passed", "failed", "not_claimed", "skipped"]
 _STYLE = {"passed": "green", "failed": "bold red", "not_claimed": "dim", "skipped": "yellow"}
+NOT_RUN = "not run"
+GRACE = 2.0
+"""Seconds beyond its deadline after which a loop that does not answer counts as blocked."""
 T = TypeVar("T")
 
 
@@ -102,32 +105,35 @@ class Item(msgspec.Struct, frozen=True):
     """A check to run. `run` returns the detail of a pass; `needs` names checks that must not have failed before."""
 
     name: str
-    run: Callable[[Any], Awaitable[str]]
+    run: Callable[[Any], Coroutine[Any, Any, str]]
     needs: tuple[str, ...] = ()
 
 
 def run_checks(subject: str, context: Any, items: Iterable[Item], seconds: float) -> CheckReport:
-    """Run the items in order, each on an event loop and a thread of its own for at most `seconds`.
-
-    The thread is what lets a check end although the subject blocks its loop; it is a daemon and is left behind then.
-    """
+    """Run the items in order on one event loop, each for at most `seconds`; one whose need failed is skipped."""
     done: dict[str, Check] = {}
-    for item in items:
-        broken = [n for n in item.needs if done[n].status == "failed" or done[n].detail.startswith("not run")]
-        if broken:
-            done[item.name] = Check(name=item.name, status="skipped", detail=f"not run, as {broken[0]} does not hold")
-            continue
-        began = time.perf_counter()
-        status, detail = _verdict(item, context, seconds)
-        done[item.name] = Check(
-            name=item.name, status=status, detail=detail, seconds=round(time.perf_counter() - began, 3)
-        )
+    stage = Stage()
+    try:
+        for item in items:
+            done[item.name] = _checked(stage, item, context, seconds, done)
+    finally:
+        stage.leave()
     return CheckReport(subject=subject, checks=tuple(done.values()))
 
 
-def _verdict(item: Item, context: Any, seconds: float) -> tuple[CheckStatus, str]:
+def _checked(stage: Stage, item: Item, context: Any, seconds: float, done: Mapping[str, Check]) -> Check:
+    """The line of one item, which is not run where one of its needs failed or was not run itself."""
+    for need in item.needs:
+        if done[need].status == "failed" or done[need].detail.startswith(NOT_RUN):
+            return Check(name=item.name, status="skipped", detail=f"{NOT_RUN}, as {need} fails")
+    began = time.perf_counter()
+    status, detail = _verdict(stage, item, context, seconds)
+    return Check(name=item.name, status=status, detail=detail, seconds=round(time.perf_counter() - began, 3))
+
+
+def _verdict(stage: Stage, item: Item, context: Any, seconds: float) -> tuple[CheckStatus, str]:
     try:
-        return "passed", in_thread(item.run, context, seconds)
+        return "passed", stage.run(item.run(context), seconds)
     except NotClaimed as found:
         return "not_claimed", str(found)
     except Skipped as found:
@@ -138,31 +144,48 @@ def _verdict(item: Item, context: Any, seconds: float) -> tuple[CheckStatus, str
         return "failed", f"raised {describe(error)}"
 
 
-def in_thread(work: Callable[[Any], Awaitable[T]], context: Any, seconds: float) -> T:
-    """`asyncio.run(work(context))` in a daemon thread; `CheckFailed` naming the line when it is blocked for longer."""
-    answer: list[T] = []
-    problem: list[BaseException] = []
+class Stage:
+    """An event loop in a daemon thread. When work blocks it, both are left behind and the next work gets new ones."""
 
-    async def main() -> T:
-        async with asyncio.timeout(seconds):
-            return await work(context)
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.thread: threading.Thread | None = None
 
-    def body() -> None:
+    def run(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
+        """The result of the work; `CheckFailed` after `seconds`, naming the line where the loop is blocked."""
+        loop, thread = self._enter()
+        future = asyncio.run_coroutine_threadsafe(_limited(work, seconds), loop)
         try:
-            answer.append(asyncio.run(main()))
-        except BaseException as error:
-            problem.append(error)
+            return future.result(seconds + GRACE)
+        except TimeoutError as error:
+            if future.done():
+                raise CheckFailed(f"does not finish within {seconds:g} s") from error
+            loop.call_soon_threadsafe(loop.stop)
+            self.loop = self.thread = None
+            raise CheckFailed(f"blocks the event loop for more than {seconds:g} s{_where(thread)}") from error
 
-    thread = threading.Thread(target=body, name="agentgym-check", daemon=True)
-    thread.start()
-    thread.join(seconds + 2.0)
-    if thread.is_alive():
-        raise CheckFailed(f"blocks the event loop for more than {seconds:g} s{_where(thread)}")
-    if problem and isinstance(problem[0], TimeoutError):
-        raise CheckFailed(f"does not finish within {seconds:g} s")
-    if problem:
-        raise problem[0]
-    return answer[0]
+    def _enter(self) -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
+        if self.loop is None or self.thread is None:
+            self.loop = asyncio.new_event_loop()
+            self.thread = threading.Thread(target=_serve, args=(self.loop,), name="agentgym-check", daemon=True)
+            self.thread.start()
+        return self.loop, self.thread
+
+    def leave(self) -> None:
+        """Stop the loop; whatever still runs on it is cancelled."""
+        if self.loop is not None and self.thread is not None:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join(GRACE)
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.get_loop().run_forever()
+
+
+async def _limited(work: Coroutine[Any, Any, T], seconds: float) -> T:
+    async with asyncio.timeout(seconds):
+        return await work
 
 
 def _where(thread: threading.Thread) -> str:

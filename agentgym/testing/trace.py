@@ -80,9 +80,12 @@ def _passport(env: Environment) -> tuple[list[str], bytes]:
         except TypeError:
             pass
     try:
-        return [env.id or type(env).__name__, "--pickled"], pickle.dumps(env)
+        data = pickle.dumps(env)
     except Exception as error:
         raise Skipped(f"the environment is neither installed under an id nor can it be pickled: {error}") from error
+    if b"__main__" in data:
+        raise Skipped("the environment is defined in a script's __main__, which another process does not have")
+    return [env.id or type(env).__name__, "--pickled"], data
 
 
 def compare_lines(one: list[str], other: list[str], what: str) -> None:
