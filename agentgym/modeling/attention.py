@@ -65,10 +65,23 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def prepare(model: Any) -> bool:
-    """Let the model attend through layouts; False where its class cannot change its attention function."""
-    if model.config._attn_implementation != NAME and model._can_set_attn_implementation():
+    """Let the model attend through layouts; False, and nothing is changed, where it does more than plain attention.
+
+    That is: recurrent or chunked layers, capped scores, attention sinks, or a class with a fixed attention function.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if (
+        not kinds <= {"full_attention", "sliding_attention"}
+        or getattr(config, "attn_logit_softcapping", None)
+        or getattr(model, "_is_stateful", False)
+        or not model._supports_sdpa
+        or not model._can_set_attn_implementation()
+    ):
+        return False
+    if model.config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
-    return bool(model.config._attn_implementation == NAME)
+    return True
 
 
 def expand_heads(kv: Tensor, heads: int) -> Tensor:

@@ -70,9 +70,9 @@ def _cut_p(logprobs: Tensor, p: Tensor) -> Tensor:
     """Keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020)."""
     ordered, order = logprobs.sort(dim=-1, descending=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()
-    cut = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= p[:, None])
-    cut &= logprobs < ordered[:, :1]  # the most likely token always stays
-    return logprobs.masked_fill(cut | (p[:, None] >= 1) & (logprobs == -torch.inf), -torch.inf).log_softmax(-1)
+    reached = (before >= p[:, None]) & (p[:, None] < 1)
+    cut = torch.zeros_like(reached).scatter(-1, order, reached)
+    return logprobs.masked_fill(cut, -torch.inf).log_softmax(-1)
 
 
 def invert(logprobs: Tensor, noise: NDArray[np.float64]) -> Tensor:

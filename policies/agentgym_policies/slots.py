@@ -338,10 +338,8 @@ class RowStore:
 
 def store_for(model: Any, slots: int, length: int, *, deterministic: bool = False) -> Store:
     """The fastest store that reproduces the model's plain forward pass on a probe; `ModelError` where none does."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     candidates: list[tuple[Store, Store]] = []
-    if kinds <= {"full_attention", "sliding_attention"} and prepare(model):
+    if prepare(model):
         candidates.append((SlotStore(model, 2, 64), SlotStore(model, slots, length, deterministic=deterministic)))
     for restart in (False, True):
         candidates.append((RowStore(model, restart=restart), RowStore(model, restart=restart)))

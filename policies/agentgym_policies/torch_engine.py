@@ -189,7 +189,7 @@ def _settle(jobs: Iterable[Job]) -> None:
 
 
 class TorchSession:
-    """One agent in one episode: its conversation and its cache row. Leaving it, also by cancellation, releases the row."""
+    """One agent in one episode: its conversation and its cache row. Leaving it, also by cancellation, releases both."""
 
     def __init__(self, engine: TorchEngine, episode: Episode, agent: str) -> None:
         self.engine = engine
