@@ -92,8 +92,7 @@ def _discovered(kind: str) -> dict[str, Spec]:
     found: dict[str, Spec] = {}
     for point in entry_points(group=f"agentgym.{kind}"):
         try:
-            declared = point.load()
-            specs: Iterable[Spec] = declared() if callable(declared) else declared
+            specs = _specs(point.load())
         except Exception as error:
             warnings.warn(f"plugin {point.value!r} is left out: {type(error).__name__}: {error}", stacklevel=2)
             continue
@@ -102,6 +101,15 @@ def _discovered(kind: str) -> dict[str, Spec]:
                 raise DuplicateName(f"two packages declare {kind} {spec.id!r}: {found[spec.id].target}, {spec.target}")
             found[spec.id] = spec
     return found
+
+
+def _specs(declared: Any) -> list[Spec]:
+    """What an entry point leads to: specs, or a function that returns them."""
+    specs = list(declared() if callable(declared) else declared)
+    for spec in specs:
+        if not isinstance(spec, Spec):
+            raise TypeError(f"a catalogue lists Specs, not {spec!r:.80}")
+    return specs
 
 
 def lookup(id: str, kind: str = "envs") -> Spec:
