@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import msgspec
@@ -58,8 +59,15 @@ def _catalogue(options: Config) -> Catalogue:
     )
 
 
+def world(options: Config) -> World:
+    """The world of these options, made once per process (a changed catalogue file makes another)."""
+    path = Path(options.catalogue)
+    stamp = path.stat().st_mtime_ns if options.catalogue and path.is_file() else 0
+    return _world(msgspec.json.encode(options), stamp)
+
+
 @lru_cache(maxsize=8)
-def _world(encoded: bytes) -> World:
+def _world(encoded: bytes, stamp: int) -> World:
     return World(msgspec.json.decode(encoded, type=Config))
 
 
@@ -67,7 +75,7 @@ class ShoppingEnv(SingleAgentEnv):
     """A shop with a simulated user; see `config.Config` for the options.
 
     The environment of one process shares one catalogue and index among all its instances. A catalogue of your own is
-    given as a file (`catalogue=...`) or as an object (`world=World(config(...), catalogue)`).
+    given as a file (`catalogue=...`) or as an object (`ShoppingEnv(World(config({...}), catalogue))`).
     """
 
     id = "shopping-v0"
@@ -75,10 +83,10 @@ class ShoppingEnv(SingleAgentEnv):
     capabilities = frozenset({"replay", "fork", "ladder", "hidden_twin"})
     reward: ClassVar[dict[str, Any]] = HRM
 
-    def __init__(self, world: World | None = None, **options: Any) -> None:
-        if world is not None and options:
+    def __init__(self, shared: World | None = None, **options: Any) -> None:
+        if shared is not None and options:
             raise ConfigError(f"give a world or options, not both; got the options {', '.join(options)}")
-        self.world = world or _world(msgspec.json.encode(config(options)))
+        self.world = shared or world(config(options))
         self._desk: Desk | None = None
         self._surface: Surface = self.world.surface()
 
