@@ -1,0 +1,318 @@
+"""The one training loop: build, warm up, imitate, then reinforce; every step exact, seeded and resumable.
+
+    summary = PolicyGradient().train(resolve("shopping/laptop"), Path("runs/first"))
+
+    model -> copy warm-up -> imitation -> evaluation -> [play -> compose -> admit -> advantages -> learn -> publish] x n
+          -> evaluation, the ladder beside it -> report
+
+Rollouts, buffer and learner are three pieces with one line between them; `max_staleness` = 0 runs them in turn.
+Random numbers hang on (seed, phase, step), so a resumed run draws what an uninterrupted one draws.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from agentgym import registry
+from agentgym.advantages import advantages
+from agentgym.env import Environment
+from agentgym.errors import StoreError
+from agentgym.evaluate import evaluate
+from agentgym.modeling import build
+from agentgym.policy import Policy
+from agentgym.report import write_report
+from agentgym.types import Trajectory, WeightsVersion
+from agentgym_trainers import config as configs
+from agentgym_trainers import figures, language, sft
+from agentgym_trainers.config import Config
+from agentgym_trainers.figures import Figures
+from agentgym_trainers.learner import IMITATION, Learner, Optim
+from agentgym_trainers.objective import Objective
+from agentgym_trainers.plan import Plan, plan
+from agentgym_trainers.rollouts import Buffer, Rollouts, Sample, best_of
+from agentgym_trainers.state import SUMMARY, Stage, State, position, require_free, steps_of
+
+Progress = Callable[[str, int, int, Mapping[str, float]], None]
+"""progress(phase, done, total, figures of the step just done)"""
+SUPERVISED_EVERY = 200
+"""Steps of the warm start between checkpoints."""
+
+
+class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run came to. Evaluations hold the fields of `agentgym.evaluate.Evaluation` and `success_valid`, the
+    success among valid episodes; `ladder` the same for reference policies. `seconds` by phase."""
+
+    out: str
+    steps: int
+    parameters: int
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    ladder: dict[str, dict[str, Any]] = {}
+    last: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    counts: dict[str, int] = {}
+
+
+class PolicyGradient:
+    """The trainer `policy-gradient`; see the module."""
+
+    resolve = staticmethod(configs.resolve)
+
+    @staticmethod
+    def plan(config: Config) -> Plan:
+        """What the run will need, and whether this machine has it."""
+        return plan(config)
+
+    @staticmethod
+    def train(
+        config: Config | None, out: str | Path, *, resume: bool = False, progress: Progress | None = None
+    ) -> RunSummary:
+        """Run to the end in the folder `out`; with `resume`, continue the run that lies there by its own config.
+
+        Also works inside a running event loop. Interrupting leaves a folder that can be resumed.
+        """
+        path = Path(out)
+        if resume and (path / SUMMARY).is_file():
+            return msgspec.json.decode((path / SUMMARY).read_bytes(), type=RunSummary)
+        if not resume:
+            require_free(path)
+        if not resume and config is None:
+            raise StoreError(f"nothing to train in {path}: give a config, or resume")
+        with ExitStack() as stack:
+            state = stack.enter_context(State.resume(path) if config is None or resume else State.begin(config, path))
+            stack.enter_context(_torch_settings(state.config))
+            return _run(_Training(state, progress or _silent).run)
+
+
+def _silent(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+    return None
+
+
+def _run(main: Callable[[], Awaitable[RunSummary]]) -> RunSummary:
+    """`asyncio.run`, in a thread of its own where a loop is running already (notebooks)."""
+
+    async def call() -> RunSummary:
+        return await main()
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(call())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(call())).result()
+
+
+@contextmanager
+def _torch_settings(config: Config) -> Iterator[None]:
+    """Threads and determinism for the time of a run."""
+    threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(config.run.threads or threads)
+    torch.use_deterministic_algorithms(config.run.deterministic or exact)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(exact)
+
+
+class _Training:
+    """One run under way."""
+
+    def __init__(self, state: State, progress: Progress) -> None:
+        self.state, self.progress = state, progress
+        self.config = config = state.config
+        self.env: Environment = registry.make(
+            config.env["id"], **{name: value for name, value in config.env.items() if name != "id"}
+        )
+        self.seconds: Counter[str] = Counter(state.stage.seconds if state.stage else {})
+        self.buffer = Buffer(config.rollout.max_staleness, config.rollout.drop_equal)
+        self.buffer.counts.update(state.stage.counts if state.stage else {})
+        self.last: Figures = {}
+
+    async def run(self) -> RunSummary:
+        self.model = language.make(self.config, self.env, self.state.weights, await self._texts())
+        try:
+            return await self._phases()
+        finally:
+            self.model.close()
+
+    async def _phases(self) -> RunSummary:
+        await self._warm_up()
+        await self._imitate()
+        before = await self._judge("before", self.model.engine)
+        await self._reinforce()
+        after = await self._judge("after", self.model.engine)
+        ladder = self.env.ladder() if self.config.eval.ladder and self.config.eval.episodes else {}
+        beside = {name: await self._judge(f"ladder/{name}", policy) for name, policy in ladder.items()}
+        summary = RunSummary(
+            out=str(self.state.folder.path),
+            steps=self.config.run.steps,
+            parameters=build.parameters(self.model.model),
+            before=before,
+            after=after,
+            ladder=beside,
+            last=self.last,
+            seconds=dict(self.seconds),
+            counts=dict(self.buffer.counts),
+        )
+        self.state.folder.flush(sync=True)
+        write_report(self.state.folder.path)
+        self.state.finish(summary)
+        return summary
+
+    async def _texts(self) -> list[str]:
+        """What a tokenizer made here is trained on: the teacher's episodes, both sides."""
+        found = self.config.model
+        if found.path or found.tokenizer != "bpe" or self.state.weights:
+            return []
+        played = await sft.demonstrate(self.config, self.env, min(self.config.sft.demonstrations, 300))
+        turns = [turn for t in played for turn in t.turns]
+        return [m.text for turn in turns for m in turn.observation.messages] + [turn.action.text for turn in turns]
+
+    # --- phases ---
+
+    async def _phase(self, name: str, learner: Learner, one: Callable[[int], Awaitable[Figures]], every: int) -> None:
+        """Take the steps of a phase that are not behind us, with a checkpoint every so often and at the end."""
+        total, done = steps_of(self.config, name), self.state.steps_done(name)
+        self.state.restore(learner, name)
+        for step in range(done, total):
+            started = time.perf_counter()
+            found = await one(step)
+            self.seconds[name] += time.perf_counter() - started
+            self.last = found
+            self.state.folder.log({"phase": name, "step": position(self.config, name, step + 1), **found})
+            self.progress(name, step + 1, total, found)
+            if (step + 1) % every == 0 or step + 1 == total:
+                self._save(name, step + 1, learner)
+        await self.model.publish(WeightsVersion(number=position(self.config, name, total)))
+
+    def _save(self, phase: str, step: int, learner: Learner) -> None:
+        cursor = self.rollouts.cursor.position if phase == "rl" else 0
+        counts = dict(self.buffer.counts)
+        stage = Stage(phase=phase, step=step, cursor=cursor, seconds=dict(self.seconds), counts=counts)
+        self.state.save(stage, learner, self.model)
+
+    def _learner(self, objective: Objective, optim: Optim, updates: int, **options: Any) -> Learner:
+        return Learner(self.model, objective, optim, total_steps=updates, seed=self.config.run.seed, **options)
+
+    async def _warm_up(self) -> None:
+        c = self.config.warmup
+        if self.state.steps_done("warmup") >= c.steps:
+            return
+        learner = self._learner(IMITATION, c.optim, c.steps)
+        tokens = sft.plain_tokens(self.model.renderer.tokenizer)
+
+        async def one(step: int) -> Figures:
+            return learner.step([sft.copy_batch(c, tokens, self.config.run.seed, step)])
+
+        await self._phase("warmup", learner, one, SUPERVISED_EVERY)
+
+    async def _imitate(self) -> None:
+        c, seed = self.config.sft, self.config.run.seed
+        if self.state.steps_done("sft") >= c.steps:
+            return
+        played = await sft.demonstrate(self.config, self.env, c.demonstrations)
+        shown = [sft.with_spans(self.model.renderer, t) for t in played]
+        learner = self._learner(IMITATION, c.optim, c.steps)
+
+        async def one(step: int) -> Figures:
+            chosen = sft.batch_of(shown, c.batch, seed, step)
+            batches = self.model.collate(chosen, sft.ones(chosen), max_tokens=c.optim.micro_tokens, behaviour=False)
+            return learner.step(batches)
+
+        await self._phase("sft", learner, one, SUPERVISED_EVERY)
+
+    async def _reinforce(self) -> None:
+        config, run = self.config, self.config.run
+        self.rollouts = Rollouts(config, self.env, self.model.engine)
+        self.rollouts.cursor.seek(self.state.stage.cursor if self.state.stage else 0)
+        objective = IMITATION if run.algorithm == "best_of_n" else config.objective
+        learner = self._learner(
+            objective,
+            config.optim,
+            run.steps * config.optim.epochs * config.optim.minibatches,
+            temperature=config.sampling.temperature,
+            reference=self._reference() if objective.needs_reference else None,
+        )
+
+        async def one(step: int) -> Figures:
+            return await self._update(learner, step)
+
+        await self._phase("rl", learner, one, run.checkpoint_every)
+
+    # --- one update ---
+
+    async def _update(self, learner: Learner, step: int) -> Figures:
+        """Play, admit, give credit, learn, publish."""
+        started = time.perf_counter()
+        version = self.model.engine.version
+        groups = await self.rollouts.play(step)
+        played = time.perf_counter()
+        number, everyone = position(self.config, "rl", step + 1), [s for group in groups for s in group]
+        for sample in everyone:
+            self.state.folder.append(sample.trajectory, step=number, value=sample.value)
+        learned = self._learn(learner, self.buffer.take(groups, version))
+        await self.model.publish(WeightsVersion(number=number))
+        if self.config.eval.every and (step + 1) % self.config.eval.every == 0:
+            await self._judge(f"step {step + 1}", self.model.engine)
+        return {
+            **figures.outcomes(everyone),
+            **learned,
+            **figures.speed(everyone, played - started, time.perf_counter() - played),
+        }
+
+    def _learn(self, learner: Learner, samples: Sequence[Sample]) -> Figures:
+        """Credit, then every optimiser step of this update; nothing where nothing was admitted."""
+        if not samples:
+            return {}
+        if self.config.run.algorithm == "best_of_n":
+            best = best_of(samples)
+            return learner.update(best, sft.ones(best))
+        held = [(s.trajectory, s.reward) for s in samples]
+        values = advantages(held, self.config.advantage, whiten=self.config.whiten)
+        return learner.update([s.trajectory for s in samples], values)
+
+    def _reference(self) -> Any:
+        """The policy as it was before reinforcement, kept in the run's folder for a resumed run."""
+        folder = self.state.folder.path / "reference"
+        if not folder.is_dir():
+            self.model.save(folder)
+        found = self.config.model
+        return build.load(folder, device=found.device, dtype=found.dtype).requires_grad_(False)
+
+    # --- judging ---
+
+    async def _judge(self, name: str, policy: Policy) -> dict[str, Any]:
+        """Evaluate on held-out tasks, once: a resumed run reads what it has."""
+        known, c = self.state.evaluated(), self.config.eval
+        if name in known or not c.episodes:
+            return dict(known.get(name, {}))
+        started = time.perf_counter()
+        seen: list[Trajectory] = []
+        found = await evaluate(
+            self.env,
+            policy,
+            split=c.split,
+            episodes=c.episodes,
+            seed=c.seed,
+            attempts=c.attempts,
+            concurrency=self.config.rollout.concurrency,
+            sampling=self.config.sampling,
+            limits=self.config.rollout.limits,
+            seen=seen.append,
+        )
+        told = msgspec.to_builtins(found.replace(policy=name)) | {"success_valid": figures.success_valid(seen)}
+        self.state.folder.log({"phase": "evaluation", "evaluation": told})
+        self.seconds["evaluation"] += time.perf_counter() - started
+        self.progress(name, 1, 1, {"success": found.success or 0.0, "return": found.return_mean})
+        return told
