@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+NUMERIC = set("0123456789.,%e+-−– ")
+"""What the cells of a column of numbers, shares and intervals are made of."""
+
 
 def figure(value: Any) -> str:
     """A number with four digits that matter, a flag as yes or no, nothing for None, the rest as it is."""
@@ -19,4 +22,4 @@ def percent(share: float | None) -> str:
 
 def looks_numeric(cells: list[str]) -> bool:
     """Whether a table's column is to be aligned to the right."""
-    return any(cells) and all(not cell or cell[:1] in "-+−0123456789" for cell in cells)
+    return any(cells) and all(not cell or (cell[0] in "-+−0123456789" and set(cell) <= NUMERIC) for cell in cells)

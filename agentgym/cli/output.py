@@ -53,8 +53,8 @@ class Bar:
     Where standard error is no terminal, a line now and then takes its place.
     """
 
-    def __init__(self, what: str, total: int | None) -> None:
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, what: str, total: int | None, done: int = 0) -> None:
+        self.what, self.total, self.done, self.first = what, total, done, done
         self.started = self.spoke = time.monotonic()
         self.console = err()
         self.progress: Progress | None = None
@@ -82,7 +82,7 @@ class Bar:
     def _left(self, now: float) -> str:
         if not self.total:
             return ""
-        return f", about {(now - self.started) / self.done * (self.total - self.done):.0f} s left"
+        return f", about {(now - self.started) / (self.done - self.first) * (self.total - self.done):.0f} s left"
 
     def _draw(self, note: str) -> None:
         if self.progress is None:
