@@ -14,6 +14,14 @@ ENVIRONMENTS = [
     ),
 ]
 
+BENCHES = [
+    Spec(
+        id="shopping",
+        target="agentgym_envs.shopping.bench:shopping",
+        summary="shopping-v0 on 20k products: reset, step, search, memory",
+    ),
+]
+
 
 def PRESETS() -> list[Spec]:  # noqa: N802 - the name of a catalogue
     """Every presets/*.toml of every environment's folder, as `<folder>/<name>`."""

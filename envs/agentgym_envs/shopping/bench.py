@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -50,7 +49,11 @@ def shopping(
 
 
 def _memory() -> float:
-    """Peak resident memory of this process, MiB (Linux counts in KiB)."""
+    """Peak resident memory of this process, MiB (Linux counts in KiB); 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -201,11 +201,17 @@ class Desk:
         return rows
 
     def _search(self, request: Search) -> Event:
-        rows = self.index.search(request.query, request.filters, request.sort, request.in_stock)
-        start = (request.page - 1) * self.page
-        shown = tuple(rows[start : start + self.page].tolist())
+        hits = self.index.search(
+            request.query,
+            request.filters,
+            sort=request.sort,
+            in_stock=request.in_stock,
+            start=(request.page - 1) * self.page,
+            count=self.page,
+        )
+        shown = tuple(hits.rows.tolist())
         self.seen.update(shown)
-        return Found(total=len(rows), rows=shown, page=request.page, filters=request.filters)
+        return Found(total=hits.total, rows=shown, page=request.page, filters=request.filters)
 
     def _view(self, request: View) -> Event:
         rows = self._rows((request.item,))

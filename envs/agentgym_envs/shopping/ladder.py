@@ -241,7 +241,7 @@ def _best_rows(desk: Desk) -> list[int]:
         u = utilities(desk.catalogue, need.soft, rows)
         ranked.append([int(rows[i]) for i in sorted(range(len(rows)), key=lambda i: -u[i])][:50])
     if desk.brief.purse is None:
-        return [ranked[0][0]]
+        return ranked[0][:1] or [desk.catalogue.row_of[desk.brief.needs[0].target]]
     pairs = ([a, b] for a in ranked[0] for b in ranked[1] if a != b and _affordable(desk, a, b))
     return next(pairs, [desk.catalogue.row_of[n.target] for n in desk.brief.needs])
 

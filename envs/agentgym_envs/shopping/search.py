@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,27 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+class Hits(NamedTuple):
+    """How many items match, and the rows of the page asked for, best first."""
+
+    total: int
+    rows: Rows
+
+
 class SearchBackend(Protocol):
     """Anything that ranks a catalogue: the numpy index below, or an engine of your own."""
 
-    def search(self, text: str = "", filters: Sequence[Constraint] = (), sort: str = "", in_stock: bool = True) -> Rows:
-        """Every match, best first, in a deterministic order. Empty text matches all."""
+    def search(
+        self,
+        text: str = "",
+        filters: Sequence[Constraint] = (),
+        *,
+        sort: str = "",
+        in_stock: bool = True,
+        start: int = 0,
+        count: int = 5,
+    ) -> Hits:
+        """Matches `start` to `start + count` in a deterministic order. Empty text matches all."""
         ...
 
 
@@ -59,7 +75,16 @@ class Index:
                 total[rows] += weights
         return total
 
-    def search(self, text: str = "", filters: Sequence[Constraint] = (), sort: str = "", in_stock: bool = True) -> Rows:
+    def search(
+        self,
+        text: str = "",
+        filters: Sequence[Constraint] = (),
+        *,
+        sort: str = "",
+        in_stock: bool = True,
+        start: int = 0,
+        count: int = 5,
+    ) -> Hits:
         """Matches by score, or by the merit of the number slot `sort`; ties by row."""
         keep: NDArray[np.bool_] | None = self.catalogue.in_stock if in_stock else None
         for f in filters:
@@ -70,9 +95,19 @@ class Index:
             keep = scores > 0 if keep is None else keep & (scores > 0)
         rows = np.arange(len(self.catalogue)) if keep is None else np.flatnonzero(keep)
         column = self.catalogue.columns.get(sort)
+        stop = start + count
         if isinstance(column, Number):
-            return rows[np.argsort(-column.merit(rows), kind="stable")]
-        return rows if scores is None else rows[np.argsort(-np.round(scores[rows], 4), kind="stable")]
+            return Hits(len(rows), _top(rows, column.merit(rows), stop)[start:])
+        return Hits(len(rows), rows[start:stop] if scores is None else _top(rows, scores[rows], stop)[start:])
+
+
+def _top(rows: Rows, scores: NDArray[np.floating[Any]], count: int) -> Rows:
+    """The best `count` rows by score rounded to four decimals; ties by row."""
+    if len(rows) > 4 * count:
+        least = np.partition(scores, -count)[-count] - 1e-3
+        near = scores >= least
+        rows, scores = rows[near], scores[near]
+    return rows[np.argsort(-np.round(scores, 4), kind="stable")][:count]
 
 
 def _documents(catalogue: Catalogue) -> list[list[str]]:

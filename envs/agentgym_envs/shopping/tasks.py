@@ -330,15 +330,15 @@ def hidden_twin(catalogue: Catalogue, task: Task) -> Task:
 
 
 def _other(catalogue: Catalogue, need: Need, g: Random) -> Need:
-    """The need with the wishes of another row; unchanged where no row has other values for all of the slots."""
+    """The need with the wishes of another row: of one that has a value in every hidden slot, if there is such a row."""
     rows = visible_rows(catalogue, need).tolist()
     g.shuffle(rows)
+    best, most = need, 0
     for row in rows:
-        wishes = [catalogue.columns[c.slot].wish(row) for c in need.hidden]
-        if all(w is not None for w in wishes) and any(
-            w is not None and w.value != c.value for w, c in zip(wishes, need.hidden, strict=True)
-        ):
-            pairs = zip(wishes, need.hidden, strict=True)
-            hidden = tuple(Constraint(w.slot, w.op, w.value, c.weight) for w, c in pairs if w is not None)
-            return msgspec.structs.replace(need, target=catalogue.ids[row], hidden=hidden)
-    return need
+        found = {c.slot: w for c in need.hidden if (w := catalogue.columns[c.slot].wish(row)) is not None}
+        hidden = tuple(Constraint(c.slot, c.op, found.get(c.slot, c).value, c.weight) for c in need.hidden)
+        if len(found) > most and hidden != need.hidden:
+            best, most = msgspec.structs.replace(need, target=catalogue.ids[row], hidden=hidden), len(found)
+        if most == len(need.hidden):
+            break
+    return best
