@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentgym.errors import ConfigError, RecordError, unknown
-from agentgym.rewards import POTENTIAL_SUFFIXES, Composed, by_turn, turn_of
-from agentgym.types import Trajectory, Turn, iterate
+from agentgym.rewards import POTENTIAL_SUFFIXES, Composed, by_turn, carried, turn_of
+from agentgym.types import Columns, Trajectory, Turn, iterate
 
 Real = NDArray[np.float64]
 Sample = tuple[Trajectory, Composed | None]
@@ -137,7 +137,9 @@ def to_tokens(trajectory: Trajectory, per_turn: Real) -> NDArray[np.float32]:
 
 
 def _sampled(trajectory: Trajectory) -> NDArray[np.intp]:
-    """Sampled tokens of each turn's action: [turns]."""
+    """Sampled tokens of each turn's action: [turns]. Numeric actions have none."""
+    if isinstance(trajectory.turns, Columns):
+        return np.zeros(len(trajectory.turns), np.intp)
     spans = (turn.action.span for turn in iterate(trajectory.turns))
     return np.asarray([0 if span is None else len(span.ids) for span in spans], np.intp)
 
@@ -172,8 +174,7 @@ class _Batch:
             )
         per = (by_turn(c, t) if not term.component else _amounts(t, term) for t, c in self.samples)
         if term.credit == "return_to_go":
-            steps = (np.asarray([turn.step for turn in iterate(t.turns)], float) for t, _ in self.samples)
-            per = (_to_go(r, s, term.gamma) for r, s in zip(per, steps, strict=True))
+            per = (_to_go(r, _steps(t), term.gamma) for r, (t, _) in zip(per, self.samples, strict=True))
         return np.concatenate([np.zeros(0), *per])
 
     def groups(self, term: Term) -> NDArray[np.intp]:
@@ -215,20 +216,25 @@ class _Batch:
 
 def _named(trajectory: Trajectory, term: Term) -> list[bool]:
     """Which terms of the ledger the component is made of."""
-    return [r.name == term.component and r.cause == "policy" for r in trajectory.rewards]
+    return [r.name == term.component and r.cause == "policy" for _, r in carried(trajectory)]
 
 
 def _amounts(trajectory: Trajectory, term: Term) -> Real:
     """The raw amount of one reward name in each turn: [turns]."""
-    values = np.asarray([r.value for r in trajectory.rewards], float) * _named(trajectory, term)
+    values = np.asarray([r.value for _, r in carried(trajectory)], float) * _named(trajectory, term)
     return np.bincount(turn_of(trajectory), values, len(trajectory.turns)).astype(np.float64)
 
 
-def _to_go(rewards: Real, steps: Real, gamma: float) -> Real:
+def _steps(trajectory: Trajectory) -> list[int]:
+    turns = trajectory.turns
+    return [step for step, _, _ in turns.order] if isinstance(turns, Columns) else [turn.step for turn in turns.items]
+
+
+def _to_go(rewards: Real, steps: list[int], gamma: float) -> Real:
     """G_k = sum over j >= k of gamma^(step_j - step_k) r_j."""
     out, later = np.empty_like(rewards), 0.0
     for k in range(len(rewards) - 1, -1, -1):
-        gap = steps[k + 1] - steps[k] if k + 1 < len(rewards) else 0.0
+        gap = steps[k + 1] - steps[k] if k + 1 < len(rewards) else 0
         later = rewards[k] + gamma**gap * later
         out[k] = later
     return out
@@ -238,7 +244,7 @@ def _split(term: Term, batch: _Batch) -> list[Term]:
     """A term with the key "component" is one term for every reward name of the batch."""
     if "component" not in term.parts:
         return [term]
-    names = {r.name for t, _ in batch.samples for r in t.rewards if r.cause == "policy"}
+    names = {r.name for t, _ in batch.samples for _, r in carried(t) if r.cause == "policy"}
     key = tuple(part for part in term.parts if part != "component") or "batch"
     return [replace(term, key=key, component=n) for n in sorted(names) if not n.endswith(POTENTIAL_SUFFIXES)]
 

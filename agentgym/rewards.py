@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentgym.errors import ConfigError, RecordError, unknown
-from agentgym.types import RewardTerm, Trajectory, iterate
+from agentgym.types import RewardTerm, Trajectory, Turns
 
 Declaration = Mapping[str, Any] | str | float
 POTENTIAL_SUFFIXES = (".before", ".after", ".drift")
@@ -337,7 +337,7 @@ class Composer:
 
     def trajectory(self, trajectory: Trajectory) -> Composed:
         """Compose a trajectory's ledger; shares are in the order of `trajectory.rewards`."""
-        return self.compose(trajectory.rewards)
+        return self.compose(term for _, term in carried(trajectory))
 
     def _owed(self, leaf: _Leaf, full: _View) -> float:
         """c_i of an occurrence by its definition; not needed where its slope is fixed."""
@@ -423,15 +423,26 @@ def _tables(declared: Any) -> Iterator[Mapping[str, Any]]:
 # --- views of a composed ledger ---------------------------------------------------------------------------------
 
 
+def carried(trajectory: Trajectory) -> Iterator[tuple[int, RewardTerm]]:
+    """(index of the turn that carries it, term) for all of `trajectory.rewards`; columns need not build their turns."""
+    turns = trajectory.turns
+    if isinstance(turns, Turns):
+        yield from ((i, term) for i, turn in enumerate(turns.items) for term in turn.rewards)
+        return
+    amounts = {agent: {n: x.numpy().tolist() for n, x in c.rewards.items()} for agent, c in turns.agents.items()}
+    for i, (_, agent, row) in enumerate(turns.order):
+        for name, values in amounts[agent].items():
+            if values[row] == values[row]:
+                yield i, RewardTerm(name=name, value=values[row], turn=i, agent=agent)
+
+
 def turn_of(trajectory: Trajectory) -> NDArray[np.intp]:
     """The turn each term of `trajectory.rewards` counts for: the one it names, else the one that carries it. [terms]
 
     Raises `RecordError` where a term names a turn that does not exist.
     """
     turns = len(trajectory.turns)
-    found = [
-        i if term.turn < 0 else term.turn for i, turn in enumerate(iterate(trajectory.turns)) for term in turn.rewards
-    ]
+    found = [i if term.turn < 0 else term.turn for i, term in carried(trajectory)]
     if found and max(found) >= turns:
         raise RecordError(f"a reward term names turn {max(found)}, the trajectory has {turns}")
     return np.asarray(found, np.intp)

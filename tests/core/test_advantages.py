@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from golden_runs import rich
 from hypothesis import given
 from hypothesis import strategies as st
 from making import samples, trajectory
@@ -92,6 +93,23 @@ def test_gigpo_adds_an_anchor_state_term() -> None:
     only = np.asarray(advantages(samples(played), [step]))
     assert only == pytest.approx(np.asarray([[1 / 3, 0.5], [-1 / 6, 0], [-1 / 6, -0.5]]))
     assert both[0] == pytest.approx([1.0, 1.166667], abs=1e-6)
+
+
+def test_return_to_go_discounts_by_step_and_not_by_turn() -> None:
+    """Agents that act at once share a step: nothing lies between them."""
+    played = trajectory([{"r": 1.0}, {"r": 2.0}, {"r": 4.0}])
+    steps = zip(played.turns.items, (0, 0, 2), strict=True)  # type: ignore[union-attr]
+    played = played.replace(turns=played.turns.replace(items=tuple(t.replace(step=s) for t, s in steps)))
+    raw = Term(key="none", centre="none", scale="none", credit="return_to_go", gamma=0.5)
+    assert advantages(samples([played]), [raw])[0].tolist() == [4.0, 3.0, 4.0]
+
+
+def test_numeric_episodes_get_advantages_too() -> None:
+    numeric = rich()[1]
+    raw = Term(key="none", centre="none", scale="none", credit="return_to_go", gamma=0.5)
+    assert advantages(samples([numeric]), [raw])[0].tolist() == [2.5, 1.5, 1.0, 0.5]
+    by_agent = Term(key=("batch", "agent"), scale="none", credit="turn")
+    assert advantages(samples([numeric]), [by_agent])[0].tolist() == [0.25, 0.25, -0.25, -0.25]
 
 
 def test_dtpo_credits_tool_turns_apart_from_the_outcome() -> None:

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from golden_runs import rich
 from hypothesis import given
 from hypothesis import strategies as st
 from making import ledger, trajectory
 
+from agentgym import rewards
 from agentgym.errors import ConfigError, RecordError, UnknownName
-from agentgym.rewards import Composed, by_turn, check_gamma, check_reconciles, composer, explain
+from agentgym.rewards import Composed, by_turn, carried, check_gamma, check_reconciles, composer, explain
 from agentgym.types import RewardTerm
 
 HRM = {
@@ -177,6 +179,14 @@ def test_by_turn_follows_the_turn_a_term_names() -> None:
         by_turn(Composed(3.0, 0.0, (1.0, 2.0)), played)
 
 
+def test_the_ledger_of_columns_needs_no_turns() -> None:
+    numeric = rich()[1]
+    assert [term for _, term in carried(numeric)] == list(numeric.rewards)
+    found = composer("sum").trajectory(numeric)
+    assert found.value == 3.0
+    assert by_turn(found, numeric).tolist() == [1.0, 1.0, 0.5, 0.5]
+
+
 NAMES = ("a", "b", "c", "d")
 _numbers = st.floats(-3, 3).map(lambda x: round(x, 3))
 _parts = st.deferred(lambda: _declarations)
@@ -266,9 +276,35 @@ def test_attribution_is_the_definition_and_reconciles(declaration: object, terms
     assert amounts == pytest.approx(expected, abs=1e-9 * size)
 
 
-def test_debug_catches_what_does_not_add_up() -> None:
+_others = st.one_of(
+    _declarations,
+    st.just({"op": "sum"}),
+    st.builds(lambda n, x: {"op": "term", "name": n, "default": x}, st.sampled_from(("a", "absent")), _numbers),
+    st.builds(lambda of, b: {"op": "relative_to_baseline", "of": of, "baseline": b}, _declarations, _declarations),
+    st.builds(lambda of, x: {"op": "scale", "of": of, "factor": x, "offset": 0.5}, _declarations, _numbers),
+    st.builds(lambda of: {"op": "lexicographic", "of": of, "levels": 3}, _lists),
+    st.just({"op": "weighted_sum", "of": {"own": {"op": "gate", "when": "a", "at_most": 1, "then": "b",
+             "otherwise": {"op": "term", "name": "c"}}, "d": 0.5}}),
+)  # fmt: skip
+
+
+@given(_others, _others, _ledgers)
+def test_every_operation_reconciles_wherever_it_stands(one: object, other: object, terms: list[RewardTerm]) -> None:
+    both = {"op": "weighted_sum", "plus": [one, {"op": "product", "of": [other, one, 0.5]}]}
+    found = composer(both, debug=True).compose(terms)
+    apart = [composer(d).compose(terms).value for d in (one, other)]  # type: ignore[arg-type]
+    assert found.value == pytest.approx(apart[0] + 0.5 * apart[0] * apart[1], rel=1e-9, abs=1e-9)
+
+
+def test_debug_catches_what_does_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecordError, match="does not add up"):
         check_reconciles(Composed(1.0, 0.5, (0.4,)))
+    assert not composer("sum").debug
+    monkeypatch.setenv("AGENTGYM_DEBUG", "1")
+    checked = composer("sum")
+    monkeypatch.setattr(rewards, "_hand_out", lambda *found: None)
+    with pytest.raises(RecordError, match=r"base \+ shares = 0.0, value = 2.0"):
+        checked.compose(ledger({"r": 2.0}))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
@@ -307,6 +343,15 @@ def test_an_absent_term_names_the_nearest_and_may_have_a_default() -> None:
         composer(wanted).compose(ledger({"qualtiy": 1.0}))
     lenient = {"op": "weighted_sum", "of": {}, "plus": [{"op": "term", "name": "quality", "default": 0.25}]}
     assert value(lenient, {"other": 3.0}) == 0.25
+    unfinished = {
+        "op": "gate",
+        "when": {"op": "term", "name": "done", "default": 0},
+        "at_least": 1,
+        "then": 1,
+        "otherwise": 0,
+    }
+    assert value(unfinished, {}) == 0.0
+    assert value(unfinished, {"done": 1}) == 1.0
     with pytest.raises(RecordError, match="finite"):
         composer("sum").compose(ledger({"r": math.inf}))
     with pytest.raises(RecordError, match="no real number"):
