@@ -23,7 +23,19 @@ from agentgym.env import Environment, SingleAgentEnv
 from agentgym.errors import ConfigError, EnvironmentFault, Fault, MissingExtra, ToolFault, UnknownName, unknown
 from agentgym.registry import check_keywords
 from agentgym.seeding import key
-from agentgym.types import Action, Array, Level, Message, Observation, RewardTerm, StepResult, Task, ToolCall, terms
+from agentgym.types import (
+    Action,
+    Array,
+    Level,
+    Message,
+    Observation,
+    RewardTerm,
+    StepResult,
+    Task,
+    ToolCall,
+    terms,
+    utf8,
+)
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row] | Mapping[str, Sequence[Row]] | Callable[[str, int], Iterable[Row]]
@@ -109,8 +121,11 @@ class GymEnv(SingleAgentEnv):
         return self._observe(seen, info)
 
     async def act(self, action: Action) -> tuple[Observation | None, StepResult]:
+        if self.live is None:
+            raise ConfigError(f"{self.id}: no episode is running: await env.reset(task) before another step")
         legal = self.legal(action.array)
         if legal is None:
+            await self.close()
             wrong = RewardTerm(name="invalid", value=self.invalid)
             return None, StepResult(rewards=(wrong,), terminated=True, metrics={"invalid": 1.0})
         seen, reward, terminated, truncated, info = self.live.step(legal)
@@ -122,6 +137,8 @@ class GymEnv(SingleAgentEnv):
             metrics={} if success is None else {"success": float(success)},
             info=info,
         )
+        if terminated or truncated:
+            await self.close()
         return (None if terminated else self._observe(seen, info)), result
 
     async def close(self) -> None:
@@ -311,7 +328,7 @@ class ToolEnv(SingleAgentEnv):
             content = f"error: {error}"
         except Exception as error:
             raise ToolFault(f"{call.name} raised {type(error).__name__}: {error}") from error
-        return Message(role="tool", content=content, tool_call_id=call.id, name=call.name)
+        return Message(role="tool", content=utf8(content), tool_call_id=utf8(call.id), name=utf8(call.name))
 
     async def close(self) -> None:
         instance, self.instance = self.instance, None

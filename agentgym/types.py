@@ -573,9 +573,32 @@ def _decoder(kind: type[Record]) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(kind, dec_hook=_decode_hook)
 
 
-def encode(record: Record) -> bytes:
-    """msgpack; packed numbers travel as bytes."""
-    return _ENCODER.encode(record)
+def encode(record: Record, *, strict: bool = False) -> bytes:
+    """msgpack; packed numbers travel as bytes.
+
+    Text that UTF-8 cannot hold (lone surrogates, which JSON parsers let through) is written with backslash escapes, so
+    that one such reply does not cost a run; `strict` raises its `UnicodeEncodeError` instead.
+    """
+    try:
+        return _ENCODER.encode(record)
+    except UnicodeEncodeError:
+        if strict:
+            raise
+        return _ENCODER.encode(_escaped(msgspec.to_builtins(record, enc_hook=_encode_hook, builtin_types=(bytes,))))
+
+
+def _escaped(value: Any) -> Any:
+    """The same builtins with every lone surrogate escaped."""
+    if isinstance(value, str):
+        return utf8(value)
+    if isinstance(value, Mapping):
+        return {_escaped(k): _escaped(v) for k, v in value.items()}
+    return [_escaped(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def utf8(text: str) -> str:
+    """The text with what UTF-8 cannot hold as backslash escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def decode(data: bytes, kind: type[R]) -> R:

@@ -159,7 +159,7 @@ class Stage:
             return future.result(seconds + GRACE)
         except TimeoutError as error:
             if future.done():
-                raise CheckFailed(f"does not finish within {seconds:g} s") from error
+                raise CheckFailed(f"does not finish within {seconds:g} s (pass a larger `seconds`?)") from error
             loop.call_soon_threadsafe(loop.stop)
             self.loop = self.thread = None
             raise CheckFailed(f"blocks the event loop for more than {seconds:g} s{_where(thread)}") from error

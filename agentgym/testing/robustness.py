@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import threading
+import time
 import tracemalloc
 import warnings
 import weakref
@@ -211,6 +212,10 @@ async def memory(subject: Subject) -> str:
     """The same episodes again and again take no more memory: what the second round added, the third does not."""
     if tracemalloc.is_tracing():
         raise Skipped("tracemalloc is in use")
+    began = time.perf_counter()
+    await _round(subject)
+    if (spent := time.perf_counter() - began) > subject.seconds / 24:
+        raise Skipped(f"one round takes {spent:.1f} s: pass a larger `seconds` to have it repeated")
     tracemalloc.start()
     try:
         sizes = [await _round(subject) for _ in range(4)]

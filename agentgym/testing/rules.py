@@ -66,7 +66,7 @@ def sound(seen: Observation, where: str, numeric: bool = False) -> None:
 
 def _survives(record: Observation | StepResult, kind: type[Observation] | type[StepResult], where: str) -> None:
     try:
-        data = encode(record)
+        data = encode(record, strict=True)
         again = encode(decode(data, kind))
     except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError, ValueError) as error:
         raise CheckFailed(f"{where} cannot be recorded: {describe(error)}") from error

@@ -23,6 +23,9 @@ from agentgym.testing.report import CheckFailed, Skipped
 from agentgym.testing.subject import Settings, Subject
 from agentgym.types import Record
 
+FOREIGN = 66
+"""Exit status: the environment's class lives in a script, notebook or test that other processes cannot import."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m agentgym.testing.trace", description=__doc__)
@@ -33,9 +36,19 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args(arguments)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    env = pickle.load(sys.stdin.buffer) if asked.pickled else make(asked.id, **json.loads(asked.config))
+    env = _unpickled() if asked.pickled else make(asked.id, **json.loads(asked.config))
     for line in asyncio.run(_lines(env, asked.episodes, asked.seed, asked.steps)):
         print(line)
+
+
+def _unpickled() -> Environment:
+    """The environment on standard input; ends the process with `FOREIGN` where its code cannot be imported here."""
+    try:
+        found: Environment = pickle.load(sys.stdin.buffer)
+    except (ImportError, AttributeError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(FOREIGN)
+    return found
 
 
 async def _lines(env: Environment, episodes: int, seed: int, steps: int) -> list[str]:
@@ -65,9 +78,11 @@ def run_elsewhere(subject: Subject, hash_seed: int) -> list[str]:
         done = subprocess.run(command, input=data, capture_output=True, env=surroundings, timeout=subject.seconds)
     except subprocess.TimeoutExpired as error:
         raise CheckFailed(f"{subject.episodes} episodes in another process take over {subject.seconds:g} s") from error
+    last = "".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])[:300]
+    if done.returncode == FOREIGN:
+        raise Skipped(f"another process cannot import the environment's class: {last}")
     if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise CheckFailed(f"another process ended with {done.returncode}: {''.join(last)[:300]}")
+        raise CheckFailed(f"another process ended with {done.returncode}: {last}")
     return done.stdout.decode().splitlines()
 
 
@@ -83,8 +98,6 @@ def _passport(env: Environment) -> tuple[list[str], bytes]:
         data = pickle.dumps(env)
     except Exception as error:
         raise Skipped(f"the environment is neither installed under an id nor can it be pickled: {error}") from error
-    if b"__main__" in data:
-        raise Skipped("the environment is defined in a script's __main__, which another process does not have")
     return [env.id or type(env).__name__, "--pickled"], data
 
 

@@ -9,15 +9,19 @@ from contextlib import asynccontextmanager
 
 import pytest
 from broken_envs import BROKEN, BlocksOnGarbage, Clerk, GlobalRandom, HangsOnGarbage, HashOrder, RaisesOnGarbage
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from agentgym import Action
 from agentgym.policy import Scripted
+from agentgym.seeding import rng
 from agentgym.testing import CheckFailed, CountingEnv, FakePolicy, SimulatedPolicy, check_env, check_policy
+from agentgym.testing.actions import garbage, random_action, value_of
 from agentgym.testing.capabilities import paired_interval, t_quantile
 from agentgym.testing.drive import difference
 from agentgym.testing.policy_checks import sound_span
-from agentgym.types import Floats, Ids, TokenSpan, VersionRun
+from agentgym.types import Array, Floats, Ids, Observation, TokenSpan, VersionRun
 
 QUICK = {"episodes": 6, "patience": 1.0, "seconds": 10.0}
 
@@ -209,3 +213,74 @@ def test_spans_must_add_up():
     ]:
         with pytest.raises(CheckFailed, match=told):
             sound_span(sound.replace(**changes), "here", first=True)
+
+
+# --- random actions ---------------------------------------------------------------------------------------------
+
+
+def test_random_actions_obey_the_mask():
+    mask = Observation(array=Array.of([0.0]), action_mask=Array.of([0, 1, 0, 1]))
+    drawn = {random_action(rng("mask", n), mask, (), []).array.item() for n in range(50)}
+    assert drawn == {1, 3}
+
+
+SCHEMAS = st.recursive(
+    st.sampled_from(
+        [
+            {"type": "integer", "minimum": 3, "maximum": 5},
+            {"type": "number", "minimum": -1, "maximum": 1},
+            {"type": "boolean"},
+            {"enum": ["a", 2]},
+            {"const": None},
+            {"type": "string", "maxLength": 4},
+        ]
+    ),
+    lambda inner: st.one_of(
+        inner.map(lambda s: {"type": "array", "items": s, "minItems": 1, "maxItems": 2}),
+        st.lists(inner, min_size=1, max_size=2).map(lambda many: {"anyOf": many}),
+        st.dictionaries(st.sampled_from("xyz"), inner, max_size=3).map(
+            lambda p: {"type": "object", "properties": p, "required": sorted(p)[:1]}
+        ),
+    ),
+    max_leaves=5,
+)
+
+
+def fits(value, schema):
+    """Whether a value is valid under the part of JSON schema that `value_of` reads."""
+    if "const" in schema:
+        return value == schema["const"]
+    if "enum" in schema:
+        return value in schema["enum"]
+    if "anyOf" in schema:
+        return any(fits(value, s) for s in schema["anyOf"])
+    match schema["type"], value:
+        case "array", list():
+            return 1 <= len(value) <= 2 and all(fits(v, schema["items"]) for v in value)
+        case "object", dict():
+            inside = all(fits(v, schema["properties"][k]) for k, v in value.items())
+            return inside and set(schema["required"]) <= set(value)
+        case "string", str():
+            return len(value) <= 4
+        case "boolean", bool():
+            return True
+        case ("integer", int()) | ("number", float()):
+            return schema["minimum"] <= value <= schema["maximum"]
+    return False
+
+
+@given(SCHEMAS, st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_random_arguments_obey_their_schema(schema, seed):
+    value = value_of(rng(seed), schema, ["word"])
+    assert fits(value, schema)
+    assert value == value_of(rng(seed), schema, ["word"])
+
+
+def test_garbage_is_the_same_for_the_same_seed():
+    tools = ({"type": "function", "function": {"name": "find", "parameters": {"properties": {"query": {}}}}},)
+    one, other = (list(garbage(3, tools)) for _ in range(2))
+    assert [repr(a) for a in one] == [repr(a) for a in other]
+    assert len(one) == 200
+    assert len(one[0].text) == len(one[1].tool_calls[0].arguments["query"]) == 1_000_000
+    assert {"find", "no_such_tool"} <= {c.name for a in one for c in a.tool_calls}
