@@ -59,7 +59,7 @@ COMMANDS = (
 )  # fmt: skip
 REPLIES = (
     "want", "answer", "found", "item", "table", "slots", "cart", "error", "accept", "reject", "unsure", "change",
-    "listen", "which", "budget", "voucher", "from", "one_seller", "within", "over",
+    "listen", "leave", "which", "budget", "voucher", "from", "one_seller", "within", "over",
 )  # fmt: skip
 MARKS = (";", ":", "|", "because", "any", "vague", "best", "other", "many", "sort", "page", "stock", "none")
 ERRORS: dict[ProblemKind, str] = {

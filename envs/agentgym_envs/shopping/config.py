@@ -19,7 +19,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     catalogue       a csv or JSONL file; empty = the synthetic catalogue of `size` items from `seed`
     delimiter, columns, encoding, quote    how to read the file (see `load.read`); empty = found out
     buckets         quantile edges per number slot
-    intents         what users come for, drawn uniformly among those the catalogue can carry
+    intents         what users come for, drawn uniformly among those that catalogue and time can carry (a bundle needs
+                    prices and eight turns, consult a number column)
     hidden          fewest and most wishes the user keeps back
     visible         fewest and most wishes said at the start besides the category
     soft            soft wishes (better is better) per need

@@ -52,6 +52,7 @@ class Counter:
 
     turns: int = 0
     calls: int = 0
+    asks: int = 0
     errors: int = 0
     hallucinated: int = 0
     free: int = 0
@@ -140,7 +141,7 @@ class Desk:
         self.counts.turns += 1
         events = self._execute(requests)
         told = self.phi() if self.close is None else 0.0
-        self._clock()
+        self._clock(events)
         if self.close is not None:
             return Outcome(events, before, 0.0)
         self.potential = told
@@ -161,10 +162,11 @@ class Desk:
             events.append(self._problem("too_many_calls", f"{len(requests)} calls; at most {CALLS_PER_TURN} a turn"))
         return events
 
-    def _clock(self) -> None:
+    def _clock(self, events: list[Event]) -> None:
         """The user leaves when patience or time is spent."""
         spent = max(self.counts.calls, self.counts.turns)
         if self.close is None and (self.mind.patience <= 0 or spent >= self.brief.budget):
+            events.append(Spoken(acts=(user.Act(kind="LEAVE"),)))
             self.close = Close(finished=False)
 
     def _handle(self, request: Request) -> Event:
@@ -229,6 +231,7 @@ class Desk:
     def _talk(self, acts: Callable[[], list[user.Act]]) -> Event:
         """What the user says; a question that reveals something new is free."""
         before = self.mind.revealing
+        self.counts.asks += 1
         spoken = Spoken(acts=tuple(acts()))
         self.counts.free += self.mind.revealing > before
         return spoken

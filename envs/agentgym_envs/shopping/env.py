@@ -123,7 +123,12 @@ class ShoppingEnv(SingleAgentEnv):
             seen = self._surface.show(desk, outcome.events).replace(anchor=_anchor(desk))
             return seen, StepResult(rewards=terms(outcome, None), metrics=_metrics(desk, None))
         verdict = judge(desk)
-        return None, StepResult(rewards=terms(outcome, verdict), terminated=True, metrics=_metrics(desk, verdict))
+        return None, StepResult(
+            rewards=terms(outcome, verdict),
+            terminated=True,
+            metrics=_metrics(desk, verdict),
+            info={"last": " ".join(m.text for m in self._surface.show(desk, outcome.events).messages)},
+        )
 
     async def close(self) -> None:
         self._desk = None
@@ -169,6 +174,7 @@ def _anchor(desk: Desk) -> str:
 def _metrics(desk: Desk, verdict: Verdict | None) -> dict[str, float]:
     """Counts so far; at the end also success, quality among successes, and regret to the oracle's return of 1."""
     found = {
+        "asks": float(desk.counts.asks),
         "asks_revealing": float(desk.mind.revealing),
         "asks_duplicate": float(desk.mind.duplicates),
         "asks_indifferent": float(desk.mind.indifferent),
@@ -180,6 +186,6 @@ def _metrics(desk: Desk, verdict: Verdict | None) -> dict[str, float]:
     }
     if verdict is not None:
         found |= {"success": verdict.hard, "valid": verdict.valid, "finished": verdict.finished}
-        found |= {"regret": 1.0 - hrm(verdict)}
+        found |= {"regret": 1.0 - hrm(verdict), "left": float(not verdict.finished and verdict.valid)}
         found |= {"quality_given_success": verdict.quality} if verdict.hard else {}
     return found

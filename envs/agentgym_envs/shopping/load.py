@@ -206,7 +206,7 @@ class _Loader:
 
     def _add_category(self) -> None:
         """The category column, or a topic read off the titles."""
-        slot = Slot(name="category", words=("kind", "type"))
+        slot = Slot(name="category", words=("category",))
         if "category" in self.roles:
             self._keep(choice(slot, _levels(self._cells("category"))))
         if "category" not in self.columns:

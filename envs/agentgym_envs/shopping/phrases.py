@@ -65,6 +65,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Sorry, I would rather have {wish} after all.",
         "Forget what I had in mind; {wish} now.",
     ),
+    "LEAVE": (
+        "I have to go. Goodbye.",
+        "This takes too long, I am leaving.",
+        "Never mind, I will look elsewhere.",
+        "That was it for me, bye.",
+        "I give up. Have a nice day.",
+    ),
     "LISTEN": (
         "Go on.",
         "I see.",

@@ -67,13 +67,13 @@ class Index:
         return self._postings
 
     def scores(self, text: str) -> NDArray[np.float32]:
-        """BM25 of every row, rounded: [N] float32."""
+        """BM25 of every row, rounded to four decimals: [N] float32."""
         total = np.zeros(len(self.catalogue), np.float32)
         for term in sorted(set(words(text)[:MAX_QUERY_TERMS])):
             if term in self.postings:
                 rows, weights = self.postings[term]
                 total[rows] += weights
-        return total
+        return np.round(total, 4)
 
     def search(
         self,
@@ -102,12 +102,11 @@ class Index:
 
 
 def _top(rows: Rows, scores: NDArray[np.floating[Any]], count: int) -> Rows:
-    """The best `count` rows by score rounded to four decimals; ties by row."""
+    """The best `count` rows by score; ties by row."""
     if len(rows) > 4 * count:
-        least = np.partition(scores, -count)[-count] - 1e-3
-        near = scores >= least
+        near = scores >= np.partition(scores, -count)[-count]
         rows, scores = rows[near], scores[near]
-    return rows[np.argsort(-np.round(scores, 4), kind="stable")][:count]
+    return rows[np.argsort(-scores, kind="stable")][:count]
 
 
 def _documents(catalogue: Catalogue) -> list[list[str]]:

@@ -37,10 +37,10 @@ class Department(msgspec.Struct, frozen=True):
 
 
 NUMBERS = {
-    "weight": Slot(name="weight", better="low", unit="kg", words=("heavy", "light", "weigh", "weighs")),
+    "weight": Slot(name="weight", better="low", unit="kg", words=("heavy", "weigh", "weighs")),
     "capacity": Slot(name="capacity", better="high", unit="l", words=("volume", "litres", "liters")),
-    "battery": Slot(name="battery", better="high", unit="h", words=("runtime", "charge")),
-    "power": Slot(name="power", better="high", unit="w", words=("watts", "strong")),
+    "battery": Slot(name="battery", better="high", unit="h", words=("runtime",)),
+    "power": Slot(name="power", better="high", unit="w", words=("watts",)),
     "noise": Slot(name="noise", better="low", unit="db", words=("loud", "quiet", "silent")),
     "warranty": Slot(name="warranty", better="high", unit="years", words=("guarantee",)),
 }
@@ -69,15 +69,15 @@ DEPARTMENTS: dict[str, Department] = {
 FILLER = ("everyday", "durable", "compact", "smart", "premium", "handy", "robust", "elegant", "trusted", "practical")
 
 SLOTS = {
-    "category": Slot(name="category", words=("kind", "type", "product")),
-    "brand": Slot(name="brand", words=("brands", "maker", "manufacturer", "make")),
+    "category": Slot(name="category", words=("category",)),
+    "brand": Slot(name="brand", words=("brands", "maker", "manufacturer")),
     "price": Slot(name="price", better="low", unit="eur", words=("budget", "cost", "costs", "expensive", "spend")),
     "color": Slot(name="color", words=("colour", "colors", "colours")),
     "rating": Slot(name="rating", better="high", unit="stars", words=("ratings", "reviews", "stars")),
     "seller": Slot(name="seller", words=("shop", "store")),
     "system": Slot(name="system", words=("os",)),
     "material": Slot(name="material", words=("fabric",)),
-    "style": Slot(name="style", words=("design", "look")),
+    "style": Slot(name="style", words=("design",)),
     "fit": Slot(name="fit", words=("size", "sizes")),
 } | NUMBERS
 

@@ -23,6 +23,8 @@ from agentgym_envs.shopping.synthetic import split_of
 SPLITS = ("train", "val", "test")
 MIN_VISIBLE = 8
 TRIES = 90
+BUNDLE_TURNS = 8
+"""Search, show and add two things, check out, and ask once."""
 WEIGHTS = (1.0, 0.75, 0.5)
 
 
@@ -115,7 +117,7 @@ class Maker:
         self.pools: dict[str, list[int]] = {split: [] for split in SPLITS}
         for row in catalogue.sold.tolist():
             self.pools[split_of(catalogue.models[row])].append(row)
-        self.intents = tuple(i for i in config.intents if _carries(catalogue, i))
+        self.intents = tuple(i for i in config.intents if _carries(catalogue, config, i))
         if not self.intents:
             raise ConfigError(
                 f"this catalogue has nothing for the intents {', '.join(config.intents)}: bundle needs prices, "
@@ -148,9 +150,9 @@ class Maker:
         )
 
 
-def _carries(catalogue: Catalogue, intent: Intent) -> bool:
+def _carries(catalogue: Catalogue, config: Config, intent: Intent) -> bool:
     if intent == "bundle":
-        return "price" in catalogue.numbers
+        return "price" in catalogue.numbers and (not config.max_turns or config.max_turns >= BUNDLE_TURNS)
     return bool(catalogue.numbers) if intent == "consult" else True
 
 
