@@ -14,7 +14,7 @@ import tomli_w
 
 from agentgym import charts, registry
 from agentgym.errors import AgentGymError
-from agentgym.figures import percent
+from agentgym.figures import percent, ranked
 from agentgym.html import chip, page, safe, table, trajectory_body
 from agentgym.shards import Entry
 from agentgym.store import Run, load_run, write_atomic
@@ -24,6 +24,8 @@ EXAMPLES = 4
 """Episodes shown whole."""
 LADDER = "ladder/"
 """Begins the names of reference policies among the evaluations."""
+SHOWN = 9
+"""Curves of a phase that are shown at once."""
 CLOCKS = ("step", "phase", "time", "seconds", "elapsed", "kind")
 """Figures of a metrics line that say when, not what."""
 
@@ -79,7 +81,7 @@ def evaluations(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
     """(name, figures) of every evaluation that the run holds, in the order made.
 
     They are the lines of metrics.jsonl with an `evaluation`: the fields of `agentgym.evaluate.Evaluation`, whose
-    `policy` is the name.
+    `policy` is the name; `success_valid`, where there is one, is the success among valid episodes.
     """
     lines = (line["evaluation"] for line in run.metrics if isinstance(line.get("evaluation"), Mapping))
     return [(str(found.get("policy", "")), found) for found in lines]
@@ -90,7 +92,7 @@ def _results(run: Run) -> str:
     if not found:
         return ""
     own = {i for i, (name, _) in enumerate(found) if not name.startswith(LADDER)}
-    columns = ("policy", "success", "95 %", "return", "± se", "turns", "episodes", "failed")
+    columns = ("policy", "success", "95 %", "if valid", "return", "± se", "turns", "episodes", "failed")
     return table(columns, [_result(name, figures) for name, figures in found], strong=own) + _by_label(found)
 
 
@@ -100,6 +102,7 @@ def _result(name: str, found: Mapping[str, Any]) -> tuple[Any, ...]:
         name.removeprefix(LADDER),
         percent(found.get("success")),
         " – ".join(percent(end) for end in found.get("success_interval") or ()),
+        percent(found.get("success_valid")),
         found.get("return_mean"),
         found.get("return_se"),
         found.get("turns", 0) / episodes if episodes else None,
@@ -124,22 +127,37 @@ def _label_table(label: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> 
 # --- curves -----------------------------------------------------------------------------------------------------
 
 
-def curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Series by name: every figure that at least two lines hold, over `step` (or the line's number)."""
-    found: dict[str, list[tuple[float, float]]] = {}
+Curves = dict[str, dict[str, list[tuple[float, float]]]]
+
+
+def curves(metrics: Sequence[Mapping[str, Any]]) -> Curves:
+    """phase -> name -> points over `step` (or the line's number): figures that two lines of a phase hold."""
+    found: Curves = {}
     for number, line in enumerate(metrics):
-        phase = f"{line['phase']}: " if isinstance(line.get("phase"), str) else ""
+        series = found.setdefault(str(line.get("phase", "")), {})
         for name, value in line.items():
             if name not in CLOCKS and isinstance(value, int | float) and not isinstance(value, bool):
-                found.setdefault(phase + name, []).append((float(line.get("step", number)), float(value)))
-    return {name: points for name, points in found.items() if len(points) > 1}
+                series.setdefault(name, []).append((float(line.get("step", number)), float(value)))
+    long = {phase: {name: points for name, points in held.items() if len(points) > 1} for phase, held in found.items()}
+    return {phase: held for phase, held in long.items() if held}
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
-    drawn = [charts.chart(name, points) for name, points in curves(metrics).items()]
-    first, rest = drawn[:9], drawn[9:]
-    more = f'<details><summary>{len(rest)} more</summary><div class="charts">{"".join(rest)}</div></details>'
-    return (f'<div class="charts">{"".join(first)}</div>' if first else "") + (more if rest else "")
+    """The last phase first and open; flat curves and what matters less behind a click."""
+    return "".join(_phase(phase, held, n == 0) for n, (phase, held) in enumerate(reversed(curves(metrics).items())))
+
+
+def _phase(phase: str, held: Mapping[str, Sequence[tuple[float, float]]], is_open: bool) -> str:
+    moving = [name for name in ranked(held) if len({y for _, y in held[name]}) > 1]
+    rest = [name for name in ranked(held) if name not in moving[:SHOWN]]
+    more = f"<details><summary>{len(rest)} more</summary>{_grid(rest, held)}</details>" if rest else ""
+    flag = " open" if is_open else ""
+    title = f"<summary>{safe(phase)}</summary>" if phase else "<summary>all steps</summary>"
+    return f"<details{flag}>{title}{_grid(moving[:SHOWN], held)}{more}</details>"
+
+
+def _grid(names: Sequence[str], held: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    return f'<div class="charts">{"".join(charts.chart(name, held[name]) for name in names)}</div>'
 
 
 # --- episodes ---------------------------------------------------------------------------------------------------

@@ -21,13 +21,11 @@ from agentgym import presets, registry
 from agentgym.cli import INTERRUPTED
 from agentgym.cli.output import Bar, emit, err, out, table
 from agentgym.errors import ConfigError, StoreError
-from agentgym.figures import figure, percent
+from agentgym.figures import figure, percent, ranked
 from agentgym.store import load_run
 
 DEFAULT = "policy-gradient"
 """The trainer of a preset that names none."""
-SHOWN = ("success", "return", "valid", "loss", "entropy", "sampled_per_second")
-"""Which figures stand beside the progress bar, where there are such; at most four."""
 
 
 def run_train(options: Namespace) -> int:
@@ -110,9 +108,8 @@ class Board:
 
 
 def note(figures: Mapping[str, float]) -> str:
-    """A few figures in words."""
-    known = [name for name in SHOWN if figures.get(name) is not None] or list(figures)
-    return ", ".join(f"{name} {figure(figures[name])}" for name in known[:4])
+    """The figures that matter most, in words."""
+    return ", ".join(f"{name} {figure(figures[name])}" for name in ranked(figures)[:4])
 
 
 def _dry_run(config: Any, plan: Any, as_json: bool) -> int:

@@ -31,4 +31,5 @@ def PRESETS() -> list[Spec]:  # noqa: N802 - the name of a catalogue
 
 def _summary(path: Path) -> str:
     """The first line of the file, when it is a comment."""
-    return path.open(encoding="utf-8").readline().removeprefix("#").strip()
+    with path.open(encoding="utf-8") as file:
+        return file.readline().removeprefix("#").strip()

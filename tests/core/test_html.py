@@ -169,7 +169,8 @@ def test_running_mean_looks_back_only() -> None:
 
 def test_curves_need_two_points_and_numbers() -> None:
     lines = [{"step": 3, "loss": 1.0, "note": "x", "once": 1}, {"step": 5, "loss": None}, {"step": 7, "loss": 0.5}]
-    assert curves(lines) == {"loss": [(3.0, 1.0), (7.0, 0.5)]}
+    assert curves(lines) == {"": {"loss": [(3.0, 1.0), (7.0, 0.5)]}}
+    assert list(curves([{"phase": phase, **line} for phase in ("sft", "rl") for line in lines])) == ["sft", "rl"]
 
 
 # --- a run's page -----------------------------------------------------------------------------------------------
