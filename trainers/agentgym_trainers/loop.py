@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,7 +31,7 @@ from agentgym.evaluate import evaluate
 from agentgym.modeling import build
 from agentgym.policy import Policy
 from agentgym.report import write_report
-from agentgym.types import Trajectory, WeightsVersion
+from agentgym.types import Trajectory, WeightsVersion, iterate
 from agentgym_trainers import config as configs
 from agentgym_trainers import figures, language, sft
 from agentgym_trainers.config import Config
@@ -134,7 +134,7 @@ class _Training:
         self.env: Environment = registry.make(
             config.env["id"], **{name: value for name, value in config.env.items() if name != "id"}
         )
-        self.seconds: Counter[str] = Counter(state.stage.seconds if state.stage else {})
+        self.seconds: defaultdict[str, float] = defaultdict(float, state.stage.seconds if state.stage else {})
         self.buffer = Buffer(config.rollout.max_staleness, config.rollout.drop_equal)
         self.buffer.counts.update(state.stage.counts if state.stage else {})
         self.last: Figures = {}
@@ -176,7 +176,7 @@ class _Training:
         if found.path or found.tokenizer != "bpe" or self.state.weights:
             return []
         played = await sft.demonstrate(self.config, self.env, min(self.config.sft.demonstrations, 300))
-        turns = [turn for t in played for turn in t.turns]
+        turns = [turn for t in played for turn in iterate(t.turns)]
         return [m.text for turn in turns for m in turn.observation.messages] + [turn.action.text for turn in turns]
 
     # --- phases ---
