@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
-from agentgym.packed import Floats, Ids, Packed
+from agentgym.packed import Floats as Floats
+from agentgym.packed import Ids as Ids
+from agentgym.packed import Packed as Packed
 
 if TYPE_CHECKING:
     import numpy as np
