@@ -28,6 +28,7 @@ from agentgym.errors import ConfigError, EngineFault, ModelError
 from agentgym.modeling import build
 from agentgym.modeling import tokenizer as tokenizers
 from agentgym.modeling.renderer import History, Prompt, Renderer
+from agentgym.policy import left
 from agentgym.types import Action, Episode, Floats, Ids, Observation, Sampling, TokenSpan, WeightsVersion
 from agentgym_policies.batching import Batcher, Job
 from agentgym_policies.sampling import check, plain
@@ -197,7 +198,7 @@ class TorchSession:
         self._noise = (engine.seed, "sampling", episode.seed, episode.member, agent)
         self._row = Row()
         self._turn = 0
-        self._torn = False
+        self._torn = self._left = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -205,6 +206,7 @@ class TorchSession:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._left = True
         if self._turn:
             self.engine._post(lambda: self.engine._batcher.release(self._row))
 
@@ -214,6 +216,8 @@ class TorchSession:
         A context that leaves no room is an outcome: an empty reply with finish "length". Only a first prompt that
         does not fit is a `ModelError`. After a cancelled or failed call the session cannot go on (`EngineFault`).
         """
+        if self._left:
+            raise left()
         if self._torn:
             raise EngineFault("this session lost a reply by cancellation or an engine failure; open a new one")
         chosen = self.engine.sampling if sampling is None else check(sampling)
