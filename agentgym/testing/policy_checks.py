@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -161,7 +162,7 @@ def sound_span(span: TokenSpan, where: str, *, first: bool = False) -> None:
 
 async def released(p: Played) -> str:
     """Leaving a session releases it, and so does cancelling whoever holds it, in the middle of an act too."""
-    task = p.tasks()[0]
+    task, free = p.tasks()[0], getattr(p.tested, "free_slots", None)
     alive = [await _lease(p, task, n) for n in range(LEASES)]
     for number in range(LEASES):
         await _cancelled(p, task, number)
@@ -169,13 +170,28 @@ async def released(p: Played) -> str:
     kept = sum(ref is not None and ref() is not None for ref in alive)
     if kept > 1:
         raise CheckFailed(f"{kept} of {LEASES} sessions are still referenced after they were left")
-    opened, closed = (getattr(p.tested, name, None) for name in ("opened", "closed"))
-    if isinstance(opened, int) and opened != closed:
-        raise CheckFailed(f"{opened} sessions were opened and {closed} closed")
+    await _settled(p, free)
+    _counted(p.tested, free)
     trace = await p.episode(task)
     if p.deterministic:
         _alike((await p.baseline())[0], trace, f"after {LEASES} cancelled sessions it acts differently")
     return f"{LEASES} sessions left and {LEASES} cancelled; it goes on as before"
+
+
+async def _settled(p: Played, free: Any) -> None:
+    """Wait, as long as patience lasts, for an engine that frees its slots behind our back."""
+    until = time.perf_counter() + p.patience
+    while isinstance(free, int) and p.tested.free_slots < free and time.perf_counter() < until:  # type: ignore[attr-defined]
+        await asyncio.sleep(0.01)
+
+
+def _counted(policy: Any, free: Any) -> None:
+    """What the policy itself counts, where it does: `opened` and `closed` sessions, `free_slots`."""
+    opened, closed, left = (getattr(policy, name, None) for name in ("opened", "closed", "free_slots"))
+    if isinstance(opened, int) and opened != closed:
+        raise CheckFailed(f"{opened} sessions were opened and {closed} closed")
+    if isinstance(left, int) and left < free:
+        raise CheckFailed(f"{free} slots were free, and {left} are after {LEASES} left and {LEASES} cancelled sessions")
 
 
 async def _lease(p: Played, task: Task, number: int) -> weakref.ref[Any] | None:
