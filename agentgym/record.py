@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from math import isfinite, nan
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from agentgym.errors import EnvironmentFault
@@ -32,21 +33,16 @@ Clock = tuple[float, float, float]
 """Seconds: start since the episode's start, in the policy, in the environment."""
 
 
-class _Row:
-    """One turn in the making."""
+class _Row(msgspec.Struct, gc=False):
+    """One turn in the making; kept out of the garbage collector's passes like the records it holds."""
 
-    __slots__ = ("action", "agent", "clock", "drafts", "observation", "rewards", "step")
-
-    def __init__(
-        self, step: int, agent: str, observation: Observation, action: Action, clock: Clock, drafts: tuple[Draft, ...]
-    ) -> None:
-        self.step = step
-        self.agent = agent
-        self.observation = observation
-        self.action = action
-        self.clock = clock
-        self.drafts = drafts
-        self.rewards: list[RewardTerm] = []
+    step: int
+    agent: str
+    observation: Observation
+    action: Action
+    clock: Clock
+    drafts: tuple[Draft, ...]
+    rewards: tuple[RewardTerm, ...] = ()
 
 
 class Recorder:
@@ -83,17 +79,7 @@ class Recorder:
             turn = last
             if term.turn >= 0 or agent != sole:
                 turn, agent = self._home(term, agent, last)
-            self.rows[turn].rewards.append(
-                RewardTerm(
-                    name=term.name,
-                    value=term.value,
-                    level=term.level,
-                    turn=turn,
-                    agent=agent,
-                    segment=term.segment,
-                    cause=term.cause,
-                )
-            )
+            self.rows[turn].rewards += (_filed(term, turn, agent),)
 
     def _home(self, term: RewardTerm, agent: str, last: int) -> tuple[int, str]:
         """(turn, agent) of a term that is not simply the acting agent's latest."""
@@ -118,6 +104,19 @@ class Recorder:
         return Columns(agents=whole) if len(whole) == len(agents) else self.turns()
 
 
+def _filed(term: RewardTerm, turn: int, agent: str) -> RewardTerm:
+    """The term with its turn and agent written in (building it is four times faster than `replace`)."""
+    return RewardTerm(
+        name=term.name,
+        value=term.value,
+        level=term.level,
+        turn=turn,
+        agent=agent,
+        segment=term.segment,
+        cause=term.cause,
+    )
+
+
 def _turn(row: _Row) -> Turn:
     start, policy, environment = row.clock
     return Turn(
@@ -126,7 +125,7 @@ def _turn(row: _Row) -> Turn:
         observation=row.observation,
         action=row.action,
         drafts=row.drafts,
-        rewards=tuple(row.rewards),
+        rewards=row.rewards,
         timing=Timing(start=start, policy=policy, environment=environment),
     )
 
