@@ -18,7 +18,7 @@ import numpy as np
 from agentgym.env import Environment, task_list
 from agentgym.errors import ConfigError
 from agentgym.policy import Policy
-from agentgym.rewards import Composer, composer
+from agentgym.rewards import composer
 from agentgym.rollout import Limits, Runner, episodes
 from agentgym.types import Record, Sampling, Trajectory
 
@@ -116,7 +116,7 @@ def summarise(
     """The figures of trajectories that are there already."""
     compose = composer(dict(reward))
     outcomes = [t for t in trajectories if t.status != "failed"]
-    values = [total(compose, t) for t in outcomes]
+    values = [compose.trajectory(t).value for t in outcomes]
     solved = [t.metrics["success"] for t in outcomes if "success" in t.metrics]
     by_task = _by_task(outcomes, values)
     rates = _by_task(outcomes, solved) if len(solved) == len(outcomes) else []
@@ -141,11 +141,6 @@ def summarise(
         turns_per_second=turns / seconds if seconds else 0.0,
         seconds=seconds,
     )
-
-
-def total(compose: Composer, trajectory: Trajectory) -> float:
-    """The trajectory's return under a composer."""
-    return float(compose.compose(tuple(trajectory.rewards)).value)
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from agentgym.figures import figure, looks_numeric
-from agentgym.rewards import composer
+from agentgym.rewards import composer, turn_of
 from agentgym.types import (
     Action,
     Array,
@@ -118,7 +118,7 @@ def _shares(trajectory: Trajectory, reward: Mapping[str, Any] | None) -> tuple[S
     chips = [chip(trajectory.status, tone="warn" if trajectory.failure else ""), chip(f"{len(trajectory.turns)} turns")]
     values = [term.value for term in ledger]
     if reward is not None and not trajectory.failure:
-        composed = composer(dict(reward)).compose(ledger)
+        composed = composer(dict(reward)).trajectory(trajectory)
         values = list(composed.shares)
         chips.insert(0, signed("return", composed.value))
         if composed.base:
@@ -128,8 +128,8 @@ def _shares(trajectory: Trajectory, reward: Mapping[str, Any] | None) -> tuple[S
     chips += [chip(f"{name} {value}") for name, value in trajectory.labels.items()]
     chips += [chip(f"{name} {value:.4g}") for name, value in trajectory.metrics.items()]
     found: dict[int, list[tuple[RewardTerm, float]]] = {}
-    for term, value in zip(ledger, values, strict=True):
-        found.setdefault(term.turn, []).append((term, value))
+    for turn, term, value in zip(turn_of(trajectory).tolist(), ledger, values, strict=True):
+        found.setdefault(turn, []).append((term, value))
     return dict(found), "".join(chips)
 
 

@@ -37,6 +37,7 @@ def run_bench(options: Namespace) -> None:
     bench = registry.load(options.name, "benches")
     settings = presets.parse_settings(options.settings)
     registry.check_keywords(f"setting of the benchmark {options.name!r}", bench, settings)
+    err().print(f"measuring {options.name} ...", style="dim", markup=False)
     figures = bench(**settings)
     return emit(figures) if options.json else _print_figures(options.name, figures)
 

@@ -17,7 +17,6 @@ from agentgym import presets
 from agentgym.cli.environments import make, nth_task, settings_of
 from agentgym.cli.output import out, table
 from agentgym.errors import EngineFault
-from agentgym.evaluate import total
 from agentgym.figures import figure
 from agentgym.policy import Scripted
 from agentgym.rewards import composer
@@ -141,6 +140,6 @@ def _sum_up(played: Trajectory, reward: Mapping[str, Any]) -> None:
         return
     rows = [(term.turn, term.name, term.value) for term in played.rewards if term.value]
     out().print("", table("rewards", ("turn", "name", "value"), rows), markup=False)
-    figures = {"return": total(composer(dict(reward)), played), **played.metrics}
+    figures = {"return": composer(dict(reward)).trajectory(played).value, **played.metrics}
     told = ", ".join(f"{key} {figure(value)}" for key, value in figures.items())
     out().print(f"{played.status}: {told}", style="bold", markup=False)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agentgym import presets, registry
@@ -20,7 +21,6 @@ from agentgym.cli.output import Bar
 from agentgym.cli.play import read_action
 from agentgym.env import task_list
 from agentgym.errors import ConfigError, DataError, UnknownName
-from agentgym.evaluate import total
 from agentgym.rewards import composer
 from agentgym.rollout import Runner, episodes
 from agentgym.store import RunFolder
@@ -305,7 +305,7 @@ def folder(tmp_path: Path) -> Path:
     compose = composer(env.reward)
     with RunFolder.create(tmp_path / "run", {"env": {"id": "counting-v0", "turns": 2}}) as run:
         for played in asyncio.run(Runner(env, env.ladder()["random"]).collect(episodes(task_list(env, "train", 0, 3)))):
-            run.append(played, step=0, value=total(compose, played))
+            run.append(played, step=0, value=compose.trajectory(played).value)
     return tmp_path / "run"
 
 
@@ -352,3 +352,115 @@ def test_bench_runs_what_is_registered(agentgym: Run) -> None:
         refused(agentgym("bench", "adding", "--set", "tims=3"), "did you mean 'times'?")
     finally:
         registry.unregister("adding", kind="benches")
+
+
+# --- train ------------------------------------------------------------------------------------------------------
+
+
+class Config(msgspec.Struct):
+    """What the small trainer below is told."""
+
+    env: dict[str, Any]
+    steps: int = 2
+    stop: bool = False
+
+    def table(self) -> dict[str, Any]:
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return {"trainer": "small", **found}
+
+
+class Plan(msgspec.Struct):
+    parameters: int = 7
+    memory: dict[str, float] = msgspec.field(default_factory=lambda: {"weights": 28.0})
+    seconds: dict[str, float] = msgspec.field(default_factory=lambda: {"all": 1.0})
+    fits: bool = True
+    verdict: str = "this machine can do it"
+
+
+class Small:
+    """A trainer as outsiders may write one: it judges two policies and learns nothing."""
+
+    @staticmethod
+    def resolve(table: dict[str, Any]) -> Config:
+        return msgspec.convert(table, Config)
+
+    @staticmethod
+    def plan(config: Config) -> Plan:
+        return Plan(fits=config.steps < 100)
+
+    @staticmethod
+    def train(config: Config | None, out: Path, *, resume: bool, progress: Callable[..., None]) -> dict[str, Any]:
+        folder = RunFolder.open(out) if resume else RunFolder.create(out, config.table() if config else {})
+        with folder:
+            for step in range(2):
+                progress("all", step + 1, 2, {"loss": 0.5, "success": 0.25})
+                if config and config.stop:
+                    raise KeyboardInterrupt
+        judged = {"success": 0.5, "success_interval": (0.25, 0.75), "return_mean": 1.0, "episodes": 4}
+        return {"before": judged, "after": judged, "ladder": {"oracle": judged}, "resumed": resume}
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Iterator[str]:
+    registry.register("small", Small, kind="trainers")
+    path = tmp_path / "mine.toml"
+    path.write_text('trainer = "small"\nsteps = 1\n[env]\nid = "counting-v0"\n')
+    yield str(path)
+    registry.unregister("small", kind="trainers")
+
+
+def test_train_shows_before_and_after(agentgym: Run, preset: str, tmp_path: Path) -> None:
+    code, out, err = agentgym("train", preset, "--out", str(tmp_path / "run"), "--set", "env.turns=3")
+    assert code == 0
+    assert "all: 2 steps, 0 s  success 0.25, loss 0.5" in err
+    assert "25.0 % – 75.0 %" in out
+    assert "turns = 3" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_train_json_is_the_summary(agentgym: Run, preset: str, tmp_path: Path) -> None:
+    found = json.loads(agentgym("train", preset, "--out", str(tmp_path / "run"), "--json")[1])
+    assert found["after"]["success"] == 0.5
+
+
+def test_an_interrupted_run_says_how_to_go_on(agentgym: Run, preset: str, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    code, _, err = agentgym("train", preset, "--out", folder, "--set", "stop=true")
+    assert code == 130
+    assert f"agentgym train --resume {folder}" in err
+    code, out, _ = agentgym("train", "--resume", folder, "--json")
+    assert code == 0
+    assert json.loads(out)["resumed"] is True
+
+
+def test_a_run_is_never_written_over(agentgym: Run, preset: str, tmp_path: Path) -> None:
+    agentgym("train", preset, "--out", str(tmp_path / "run"))
+    refused(agentgym("train", preset, "--out", str(tmp_path / "run")), "--resume", "another --out")
+
+
+def test_without_out_a_free_folder_is_found(agentgym: Run, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(preset).parent)
+    for name in ("mine", "mine-2", "mine-3"):
+        assert f"runs/{name}/report.html" in agentgym("train", preset)[1].replace("\\", "/")
+
+
+def test_a_dry_run_prints_config_and_verdict(agentgym: Run, preset: str, tmp_path: Path) -> None:
+    code, out, _ = agentgym("train", preset, "--dry-run", "--set", "steps=9")
+    assert code == 0
+    assert "steps = 9" in out
+    assert "this machine can do it" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_that_does_not_fit_exits_1(agentgym: Run, preset: str) -> None:
+    code, out, _ = agentgym("train", preset, "--dry-run", "--json", "--set", "steps=100")
+    assert code == 1
+    assert json.loads(out)["plan"]["fits"] is False
+
+
+def test_resume_takes_nothing_else(agentgym: Run, preset: str) -> None:
+    refused(agentgym("train", preset, "--resume", "anywhere"), "its own config")
+    refused(agentgym("train", "--resume", "nowhere"), "no run folder")
+
+
+def test_an_unknown_trainer_names_the_nearest(agentgym: Run, preset: str) -> None:
+    refused(agentgym("train", preset, "--set", "trainer=policy-gradeint"), "did you mean 'policy-gradient'?")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from agentgym import charts
 from agentgym.env import task_list
-from agentgym.evaluate import evaluate, total
+from agentgym.evaluate import evaluate
 from agentgym.html import trajectory_html, trajectory_page
 from agentgym.report import curves, evaluations, find, run_html, write_report
 from agentgym.rewards import composer
@@ -183,13 +183,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("runs") / "small"
     env = FlakyEnv(turns=2, raises=0.3, persistent=True)
+    compose = composer(env.reward)
     config = {"env": {"id": "counting-v0", "note": "<script>"}, "reward": dict(env.reward)}
     with RunFolder.create(path, config) as run:
         for step in range(3):
             tasks = task_list(env, "train", step, 4)
             policy = env.ladder()["oracle" if step == 2 else "random"]
             for played in asyncio.run(Runner(env, policy, retries=0).collect(episodes(tasks, 2, step))):
-                run.append(played, step=step, value=None if played.failure else total(composer(env.reward), played))
+                run.append(played, step=step, value=None if played.failure else compose.trajectory(played).value)
             run.log({"step": step, "loss": 1.0 / (1 + step)})
         for name in ("random", "oracle"):
             judged = asyncio.run(evaluate(CountingEnv(turns=2), env.ladder()[name], episodes=5))
