@@ -7,11 +7,11 @@ import copy
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any, ClassVar, Self
 
-from agentgym import Action, RewardTerm, SingleAgentEnv, StepResult, Task
+from agentgym import Action, Environment, RewardTerm, SingleAgentEnv, StepResult, Task
 from agentgym.policy import Policy, Scripted
 from agentgym.seeding import key, rng
 from agentgym.types import Message, Observation, ToolCall, say
@@ -333,3 +333,31 @@ class TwinIsTheTask(Clerk):
 
 
 BROKEN = [c for c in list(globals().values()) if isinstance(c, type) and issubclass(c, Clerk) and c is not Clerk]
+
+
+PAIR = ("left", "right")
+
+
+class Duel(Environment):
+    """Two agents at once, three rounds; not broken. Each is told what the other said in the round before."""
+
+    id = "duel-v0"
+    capabilities = frozenset({"replay"})
+
+    def __init__(self) -> None:
+        self.round = 0
+
+    def tasks(self, split: str = "train", seed: int = 0) -> Iterator[Task]:
+        return (Task(env=self.id, split=split, seed=key(split, seed, n) >> 20) for n in count())
+
+    async def reset(self, task: Task) -> dict[str, Observation]:
+        self.round = 0
+        return {name: say(f"{name}, round 0 of duel {task.seed}") for name in PAIR}
+
+    async def step(self, actions: Mapping[str, Action]) -> StepResult:
+        self.round += 1
+        lengths = {name: len(action.text) for name, action in actions.items()}
+        rewards = tuple(RewardTerm(name="long", value=lengths[n] / 100, agent=n, level="agent") for n in lengths)
+        told = zip(PAIR, PAIR[::-1], strict=True)
+        seen = {n: say(f"round {self.round}: the other said {lengths[other]}") for n, other in told}
+        return StepResult(observations=seen, rewards=rewards, truncated=self.round >= 3)

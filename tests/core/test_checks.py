@@ -8,7 +8,7 @@ import json
 from contextlib import asynccontextmanager
 
 import pytest
-from broken_envs import BROKEN, BlocksOnGarbage, Clerk, GlobalRandom, HangsOnGarbage, HashOrder, RaisesOnGarbage
+from broken_envs import BROKEN, BlocksOnGarbage, Clerk, Duel, GlobalRandom, HangsOnGarbage, HashOrder, RaisesOnGarbage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -81,6 +81,12 @@ def test_an_environment_that_cannot_travel_skips_the_processes():
     report = check_env(env, **QUICK)
     assert report["two_processes"].status == "skipped"
     assert "pickled" in report["two_processes"].detail
+
+
+def test_agents_that_act_at_once():
+    report = check_env(Duel(), **QUICK)
+    report.raise_for_failures()
+    assert report["two_processes"].status == report["concurrency"].status == "passed"
 
 
 async def test_works_inside_a_running_loop():
