@@ -35,7 +35,8 @@ def tiny(
     """A randomly initialised Qwen3-class model with tied embeddings, float32, on the CPU, in eval mode.
 
     `intermediate` defaults to 3 x hidden, `head_dim` to hidden / heads. The defaults give 0.6 M parameters at a
-    vocabulary of 300. `init` is the standard deviation of the first weights. The weights depend on `seed` alone; the global random state is left as it was.
+    vocabulary of 300. `init` is the standard deviation of the first weights. The weights depend on `seed` alone; the
+    global random state is left as it was.
     """
     if heads % kv_heads:
         raise ModelError(f"{heads} heads cannot share {kv_heads} key/value heads; make one a multiple of the other")

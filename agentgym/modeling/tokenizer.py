@@ -18,6 +18,8 @@ from agentgym.modeling.templates import CHATML, MARKS, ROLES
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<|im_end|>"
 SPECIAL = (PAD, UNKNOWN, "<|im_start|>", END)
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Any one of these makes a folder hold a tokenizer; without one, transformers would quietly make an empty one."""
 
 
 def closed_vocabulary(words: Iterable[str], *, punctuation: bool = False) -> Any:
@@ -74,6 +76,8 @@ def _wrap(core: Tokenizer) -> Any:
 def load(path: str | Path) -> Any:
     """The tokenizer of a folder in hub format; one clear error where there is none."""
     folder = check_folder(path)
+    if not any((folder / name).is_file() for name in FILES):
+        raise ModelError(f"{str(path)!r} holds no tokenizer ({', '.join(FILES)}); save one with the model")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -11,3 +11,13 @@ POLICIES = [
         requires=("torch", "transformers", "tokenizers", "safetensors"),
     ),
 ]
+
+BENCHES = [
+    Spec(
+        id="engine",
+        target="agentgym_policies.bench:engine",
+        summary="sampled tokens per second over many turns: torch engine against generate, with and without a cache",
+        extra="train",
+        requires=("torch", "transformers", "tokenizers", "safetensors"),
+    ),
+]

@@ -262,7 +262,14 @@ class SlotStore:
         where = self._tensor(slots)
         step = Pass(where, where, self._tensor(lengths - 1))
         seen_B = self._tensor(seen)
-        return self._forward(self._tensor(ids), seen_B - 1, step, DecodeLayout(width, seen_B, span), where)
+        logits = self._forward(
+            self._tensor(ids),
+            seen_B - 1,
+            step,
+            DecodeLayout(width, seen_B, span),
+            None if self.deterministic else where,  # the shape of the unembedding, too, must not depend on the others
+        )
+        return logits[where] if self.deterministic else logits
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self.device, non_blocking=True)

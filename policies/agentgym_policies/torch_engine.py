@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,9 +95,9 @@ class TorchEngine:
         return self._batcher.version
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> Counter[str]:
         """Since the start: tokens sampled, prefilled, reused, rebuilt; passes; evictions."""
-        return dict(self._batcher.counts)
+        return self._batcher.counts.copy()
 
     @property
     def free_slots(self) -> int:
