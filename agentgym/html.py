@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from agentgym.types import (
 
 TEXT_LIMIT = 4000
 """Characters of one message that are shown."""
+TURN_LIMIT = 200
+"""Turns of one trajectory that are shown."""
 
 STYLE = """
 .agentgym{--ink:#1c2024;--soft:#60646c;--line:#e0e1e6;--card:#fff;--page:#f6f7f9;--blue:#3358d4;--blue-soft:#edf2fe;
@@ -78,7 +81,8 @@ font-variant-numeric:tabular-nums}
 
 def trajectory_page(trajectory: Trajectory, reward: Mapping[str, Any] | None = None) -> str:
     """One trajectory as a whole document."""
-    return page(f"{trajectory.env} {trajectory.episode.id}", trajectory_body(trajectory, reward))
+    title = f"{trajectory.env}, episode {trajectory.episode.id}"
+    return page(title, f"<h1>{safe(title)}</h1>{trajectory_body(trajectory, reward)}")
 
 
 def trajectory_html(trajectory: Trajectory, reward: Mapping[str, Any] | None = None) -> str:
@@ -103,7 +107,10 @@ def page(title: str, body: str) -> str:
 def trajectory_body(trajectory: Trajectory, reward: Mapping[str, Any] | None = None) -> str:
     """The inside of either."""
     shares, head = _shares(trajectory, reward)
-    turns = "".join(_turn(i, turn, shares.get(i, ())) for i, turn in enumerate(iterate(trajectory.turns)))
+    first = enumerate(islice(iterate(trajectory.turns), TURN_LIMIT))
+    turns = "".join(_turn(i, turn, shares.get(i, ())) for i, turn in first)
+    if len(trajectory.turns) > TURN_LIMIT:
+        turns += f'<p class="soft">… {len(trajectory.turns) - TURN_LIMIT} more turns</p>'
     final = "".join(_observation(seen, agent) for agent, seen in trajectory.final.items())
     ending = f'<div class="turn"><div class="bar"><b>after the last turn</b></div>{final}</div>' if final else ""
     return f'<div class="head">{head}</div>{turns}{ending}'
@@ -150,11 +157,20 @@ def _turn(index: int, turn: Turn, shares: Sequence[tuple[RewardTerm, float]]) ->
         for term, value in shares
         if value
     )
+    chips = _potentials(turn.rewards) + chips
     facts = " · ".join(filter(None, (_tokens(turn.spans), _time(turn))))
     bar = f'<div class="bar"><b>turn {index}</b><span>{safe(turn.agent)}</span><span>{facts}</span><span class="gap">'
     bar += f"</span>{chips}{signed('Σ', total) if len([v for _, v in shares if v]) > 1 else ''}</div>"
     said = "".join(map(_draft, turn.drafts)) + _say("acts", _action(turn.action), "act")
     return f'<div class="turn">{bar}{_observation(turn.observation)}{said}</div>'
+
+
+def _potentials(rewards: Sequence[RewardTerm]) -> str:
+    """How far a turn moved each potential; 0 after the last turn, by convention."""
+    values = {term.name: term.value for term in rewards}
+    names = [name.removesuffix(".before") for name in values if name.endswith(".before")]
+    moved = [(name, values[f"{name}.before"], values.get(f"{name}.after", 0.0)) for name in names]
+    return "".join(chip(f"{name} {before:.3g} → {after:.3g}") for name, before, after in moved if before != after)
 
 
 def _tokens(spans: Sequence[TokenSpan]) -> str:

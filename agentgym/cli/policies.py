@@ -12,6 +12,7 @@ from agentgym.cli.environments import names
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, DataError, unknown
 from agentgym.policy import Policy
+from agentgym.testing.actions import RandomActions
 
 HUB_MARK = "config.json"
 """The file that makes a folder a checkpoint in hub format."""
@@ -20,8 +21,11 @@ RUN_MARK = "config.toml"
 
 
 def resolve(env: Environment, name: str, settings: Mapping[str, Any]) -> Policy:
-    """The policy that `name` means for this environment; an error lists what could have been meant."""
-    ladder = env.ladder()
+    """The policy that `name` means for this environment; an error lists what could have been meant.
+
+    "random" always means something: where the environment has no such rung, legal actions at random.
+    """
+    ladder: dict[str, Policy] = {"random": RandomActions(env), **env.ladder()}
     if name in ladder:
         return ladder[name]
     if "://" in name:

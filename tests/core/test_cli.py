@@ -228,6 +228,14 @@ def test_eval_json_holds_the_promised_figures(agentgym: Run) -> None:
     assert all(key in found for key in promised)
 
 
+def test_random_means_something_everywhere(agentgym: Run) -> None:
+    code, out, _ = agentgym("eval", "gym:CartPole-v1", "--policy", "random", "--episodes", "5", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["success"] is None
+    assert found["return_mean"] == found["turns"] / 5
+
+
 def test_eval_for_people_is_a_table(agentgym: Run) -> None:
     code, out, _ = agentgym("eval", "counting-v0", "--policy", "random", "--episodes", "3")
     assert code == 0

@@ -133,8 +133,21 @@ def test_turns_show_their_share_of_the_return() -> None:
     assert "2 + 1 tokens, mean log-prob -0.500" in shown
 
 
+def test_turns_show_how_they_moved_a_potential() -> None:
+    terms = (RewardTerm(name="phi.before", value=0.25, turn=0), RewardTerm(name="phi.after", value=0.5, turn=0))
+    turn = Turn(step=0, observation=Observation(), action=Action(), rewards=terms)
+    assert "phi 0.25 → 0.5" in trajectory_html(spoken("x").replace(turns=Turns(items=(turn,))), {"op": "sum"})
+
+
 def test_long_text_is_cut_and_says_so() -> None:
     assert "… 1000 more characters" in trajectory_html(spoken("x" * 5000))
+
+
+def test_a_long_episode_is_cut_and_says_so() -> None:
+    (turn,) = spoken("x").turns
+    shown = trajectory_html(spoken("x").replace(turns=Turns(items=(turn,) * 203)))
+    assert "… 3 more turns" in shown
+    assert shown.count("<b>turn ") == 200
 
 
 def test_a_notebook_shows_a_trajectory() -> None:
