@@ -71,10 +71,16 @@ def table(**sections: dict[str, object]) -> dict[str, object]:
         "run": {"steps": 12, "threads": 1, "checkpoint_every": 4},
         "model": {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1},
         "warmup": {"steps": 3, "batch": 4},
-        "sft": {"steps": 25, "batch": 16, "demonstrations": 64, "teacher": {"random": 1.0}},
+        "sft": {
+            "steps": 25,
+            "batch": 16,
+            "demonstrations": 64,
+            "teacher": {"random": 1.0},
+            "optim": {"lr": 1e-2, "warmup": 3},
+        },
         "rollout": {"tasks_per_step": 4, "group_size": 8, "slots": 32, "max_length": 64, "retries": 0},
         "sampling": {"max_tokens": 3},
-        "optim": {"lr": 5e-3},
+        "optim": {"lr": 1e-2},
         "eval": {"episodes": 40, "ladder": False},
     }
     return {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}

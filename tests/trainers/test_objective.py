@@ -107,7 +107,8 @@ def quiet(**fields: Any) -> Objective:
 def test_on_policy_gradient_is_the_advantage(ratio: str, gate: str) -> None:
     """12.1: at lp = lp_old every gate has the coefficient A / T, also by finite differences where there is a value."""
     if ratio == "none" and gate != "none":
-        pytest.raises(ConfigError, Objective, ratio=ratio, gate=Gate(kind=gate))
+        with pytest.raises(ConfigError, match="no ratio"):
+            Objective(ratio=ratio, gate=Gate(kind=gate))
         return
     declared = quiet(ratio=ratio, gate=Gate(kind=gate))
     logp = torch.tensor([-1.0, -0.5, -2.0, -0.1], dtype=torch.float64, requires_grad=True)

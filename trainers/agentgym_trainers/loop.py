@@ -141,6 +141,7 @@ class _Training:
 
     async def run(self) -> RunSummary:
         self.model = language.make(self.config, self.env, self.state.weights, await self._texts())
+        await self.model.publish(WeightsVersion(number=self.state.position))
         try:
             return await self._phases()
         finally:

@@ -71,6 +71,11 @@ class State:
         """The model's folder of the checkpoint resumed from."""
         return None if self.checkpoint is None else Path(self.checkpoint.path) / MODEL
 
+    @property
+    def position(self) -> int:
+        """Steps of all phases behind the checkpoint resumed from: the version of its weights."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
     def steps_done(self, phase: str) -> int:
         """Steps of this phase that the checkpoint resumed from has behind it."""
         if self.stage is None or PHASES.index(phase) > PHASES.index(self.stage.phase):

@@ -1,0 +1,175 @@
+"""The learner: how a step is cut changes nothing, imitation fits, state survives, non-finite gradients are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from agentgym.collate import collate
+from agentgym.errors import ConfigError, ModelError
+from agentgym.modeling import build
+from agentgym.types import (
+    Action,
+    Batch,
+    Episode,
+    Floats,
+    Ids,
+    Observation,
+    Task,
+    TokenSpan,
+    Trajectory,
+    Turn,
+    Turns,
+    WeightsVersion,
+)
+from agentgym_trainers.learner import IMITATION, Learner, Optim
+from agentgym_trainers.objective import Objective, Regulariser
+
+VOCABULARY = 20
+
+
+class Bare:
+    """A `Trainable` without an engine."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.model = build.tiny(VOCABULARY, hidden=16, layers=1, heads=2, kv_heads=1, seed=seed)
+        self.published: list[int] = []
+
+    def module(self) -> nn.Module:
+        module: nn.Module = self.model
+        return module
+
+    def collate(
+        self,
+        trajectories: Sequence[Trajectory],
+        advantages: Sequence[NDArray[np.float64]],
+        *,
+        max_tokens: int,
+        behaviour: bool = True,
+    ) -> list[Batch]:
+        return collate(trajectories, advantages, max_tokens=max_tokens, behaviour=behaviour)
+
+    async def publish(self, version: WeightsVersion) -> None:
+        self.published.append(version.number)
+
+
+def episode(number: int) -> Trajectory:
+    """A trajectory of one to three turns of random tokens."""
+    g = np.random.default_rng(number)
+    turns = []
+    for step in range(1 + number % 3):
+        prompt, ids = g.integers(0, VOCABULARY, 3), g.integers(0, VOCABULARY, 2 + number % 4)
+        span = TokenSpan(prompt=Ids(prompt), ids=Ids(ids), logprobs=Floats(g.normal(-3.0, 0.1, len(ids))))
+        turns.append(Turn(step=step, observation=Observation(), action=Action(span=span)))
+    return Trajectory(
+        env="x", episode=Episode(task=Task(env="x"), seed=number), turns=Turns(items=tuple(turns)), status="terminated"
+    )
+
+
+EPISODES = [episode(n) for n in range(9)]
+CREDIT = [np.linspace(-1, 1, len(t.turns)) + 0.1 * n for n, t in enumerate(EPISODES)]
+
+
+def weights(learner: Learner) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in learner.parameters])
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
+def test_micro_batches_do_not_change_a_step(aggregation: str) -> None:
+    objective = Objective(aggregation=aggregation, regularisers=(Regulariser(kind="entropy", coef=0.01),))
+    found, figures = [], []
+    for size in (10_000, 24):
+        learner = Learner(Bare(), objective, Optim(micro_tokens=size, warmup=0), total_steps=1)
+        figures.append(learner.update(EPISODES, CREDIT))
+        found.append(learner.parameters[0].grad.flatten() if learner.parameters[0].grad is not None else None)
+    assert figures[0]["tokens"] == sum(len(span.ids) for t in EPISODES for _, span in t.spans)
+    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-4)
+    assert figures[0]["grad_norm"] == pytest.approx(figures[1]["grad_norm"], rel=1e-4)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
+
+
+def test_tokens_nobody_trains_on_do_not_matter() -> None:
+    """12.2: noise in every column behind mask 0 leaves loss and gradient as they are."""
+    (batch,) = collate(EPISODES, CREDIT, max_tokens=10_000)
+    noise = np.random.default_rng(0).normal(size=len(batch.ids)).astype(np.float32) * (1 - batch.mask)
+    noisy = Batch(
+        **{
+            **{name: getattr(batch, name) for name in Batch.__struct_fields__},
+            "advantages": batch.advantages + noise,
+            "logprobs": batch.logprobs + noise,
+        }
+    )
+    plain, other = (Learner(Bare(), Objective(), Optim(), total_steps=1).step([b]) for b in (batch, noisy))
+    assert plain == other
+
+
+def test_imitation_fits_and_the_schedule_falls() -> None:
+    learner = Learner(Bare(), IMITATION, Optim(lr=1e-2, minibatches=2), total_steps=60)
+    ones = [np.ones(len(t.turns)) for t in EPISODES]
+    first = learner.update(EPISODES, ones)["nll"]
+    for _ in range(29):
+        last = learner.update(EPISODES, ones)["nll"]
+    assert learner.steps == 60
+    assert last < 0.5 * first
+    rates = [learner.optim.rate(step, 60) for step in range(60)]
+    assert rates[0] == pytest.approx(1e-2 / 3)
+    assert max(rates) == rates[10] == 1e-2
+    assert rates[-1] == pytest.approx(1e-3)
+
+
+def test_state_goes_on_where_it_was() -> None:
+    options = {"total_steps": 8, "seed": 3}
+    whole = Learner(Bare(), Objective(), Optim(minibatches=2), **options)  # type: ignore[arg-type]
+    for _ in range(2):
+        whole.update(EPISODES, CREDIT)
+    half = Bare()
+    first = Learner(half, Objective(), Optim(minibatches=2), **options)  # type: ignore[arg-type]
+    first.update(EPISODES, CREDIT)
+    tensors, plain = first.state()
+    second = Learner(half, Objective(), Optim(minibatches=2), **options)  # type: ignore[arg-type]
+    second.restore({name: value.clone() for name, value in tensors.items()}, plain)
+    second.update(EPISODES, CREDIT)
+    assert torch.equal(weights(second), weights(whole))
+    assert (second.steps, second.updates) == (4, 2)
+
+
+def test_proximal_policy_stays_fixed_over_epochs() -> None:
+    """With proximal = "learner" the first pass has ratio one whatever the sampler said; with "sampler" it has not."""
+    found = {}
+    for proximal in ("learner", "sampler"):
+        learner = Learner(Bare(), Objective(proximal=proximal), Optim(), total_steps=1)  # type: ignore[arg-type]
+        found[proximal] = learner.update(EPISODES, CREDIT)
+    assert found["learner"]["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert abs(found["sampler"]["ratio"] - 1.0) > 1e-3
+    assert found["learner"]["mismatch"] > 0.01
+
+
+def test_a_reference_holds_the_policy_back() -> None:
+    with pytest.raises(ConfigError, match="reference"):
+        Learner(Bare(), Objective(regularisers=(Regulariser(kind="kl", coef=1.0),)), Optim(), total_steps=1)
+    drift = []
+    for coef in (1e-9, 50.0):
+        objective = Objective(regularisers=(Regulariser(kind="kl", coef=coef),))
+        learner = Learner(Bare(), objective, Optim(lr=1e-2, warmup=0), total_steps=10, reference=Bare().module())
+        drift.append([learner.update(EPISODES, CREDIT)["kl_reference"] for _ in range(10)][-1])
+    assert drift[1] < 0.2 * drift[0]
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    learner = Learner(Bare(), Objective(), Optim(), total_steps=1)
+    before = weights(learner)
+    with pytest.raises(ModelError, match="non-finite rewards"):
+        learner.update(EPISODES, [np.full(len(t.turns), np.inf) for t in EPISODES])
+    assert torch.equal(weights(learner), before)
+
+
+def test_an_optimiser_that_cannot_be_meant_is_refused() -> None:
+    with pytest.raises(ConfigError, match="lr is positive"):
+        Optim(lr=0.0)
+    with pytest.raises(ConfigError, match="shares"):
+        Optim(decay=2.0)

@@ -1,0 +1,207 @@
+"""The loop: reinforcement improves a toy, a killed run ends with the same bits, failures are never rewards."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from toys import register, table
+
+from agentgym.errors import ConfigError, Fault, StoreError
+from agentgym.rewards import Composed
+from agentgym.store import load_run
+from agentgym.types import Action, Episode, Observation, Task, TokenSpan, Trajectory, Turn, Turns, VersionRun
+from agentgym_trainers.config import Config, from_table
+from agentgym_trainers.loop import PolicyGradient
+from agentgym_trainers.rollouts import Buffer, Sample, TaskCursor, best_of
+from agentgym_trainers.state import MODEL
+
+HERE = Path(__file__).parent
+
+
+def config(**sections: Any) -> Config:
+    register()
+    return from_table(table(**sections))
+
+
+def weights(run: Path) -> dict[str, Any]:
+    return load_file(Path(load_run(run).checkpoints[-1].path) / MODEL / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(bool((left[k] == right[k]).all()) for k in left)
+
+
+def test_reinforcement_finds_the_arm_that_pays(tmp_path: Path) -> None:
+    """From a teacher at chance (both arms right in 1 of 16 episodes); the folder holds all that the report needs."""
+    heard: list[str] = []
+    summary = PolicyGradient.train(
+        config(eval={"episodes": 60, "ladder": True, "every": 6}),
+        tmp_path / "run",
+        progress=lambda phase, done, total, figures: heard.append(f"{phase} {done}/{total}"),
+    )
+    assert summary.before["success"] < 0.3
+    assert summary.after["success"] > 0.7
+    assert summary.after["success"] >= summary.after["metrics"]["valid"] * summary.after["success_valid"] - 1e-9
+    assert summary.ladder["oracle"]["success"] == 1.0
+    run = load_run(tmp_path / "run")
+    assert len(run) == 12 * 4 * 8
+    lines = [line for line in run.metrics if line.get("phase") == "rl"]
+    assert len(lines) == 12
+    assert {"return", "success", "valid", "entropy", "kl", "ratio", "clipped", "grad_norm", "tokens"} <= set(lines[0])
+    assert {"seconds_rollout", "seconds_learn", "sampled_per_second", "failed"} <= set(lines[0])
+    assert lines[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert lines[0]["mismatch"] == pytest.approx(0.0, abs=1e-4)
+    assert [line["evaluation"]["policy"] for line in run.metrics if "evaluation" in line] == [
+        "before", "step 6", "step 12", "after", "ladder/random", "ladder/oracle",
+    ]  # fmt: skip
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert [c.step for c in run.checkpoints] == [36, 40]
+    assert heard[0] == "warmup 1/3"
+    assert "rl 12/12" in heard
+    assert PolicyGradient.train(None, tmp_path / "run", resume=True).after["success"] == summary.after["success"]
+    with pytest.raises(StoreError, match="resume it"):
+        PolicyGradient.train(config(), tmp_path / "run")
+
+
+def test_imitating_the_best_of_each_group_improves_too(tmp_path: Path) -> None:
+    declared = config(run={"algorithm": "best_of_n", "steps": 8}, warmup={"steps": 0}, eval={"episodes": 60})
+    summary = PolicyGradient.train(declared, tmp_path / "run")
+    assert summary.after["success"] > summary.before["success"] + 0.2
+
+
+CHILD = """
+import sys
+from toys import register, table
+from agentgym_trainers.config import from_table
+from agentgym_trainers.loop import PolicyGradient
+register()
+out, resume = sys.argv[1], sys.argv[2] == "resume"
+slow = dict(run={"deterministic": True, "steps": 6, "checkpoint_every": 2}, eval={"episodes": 4})
+def progress(phase, done, total, figures):
+    print(phase, done, flush=True)
+PolicyGradient.train(None if resume else from_table(table(**slow)), out, resume=resume, progress=progress)
+"""
+
+
+def child(out: Path, mode: str, until: str = "") -> None:
+    """Run the training in a process of its own; SIGKILL it once it has said `until`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(out), mode], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            if line.strip() == until:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.wait(60) == (-signal.SIGKILL if until else 0)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Killed in the warm start and again between two checkpoints of the reinforcement."""
+    child(tmp_path / "whole", "begin")
+    child(tmp_path / "killed", "begin", until="sft 9")
+    child(tmp_path / "killed", "resume", until="rl 3")
+    left = load_run(tmp_path / "killed")
+    assert left.checkpoints[-1].step == 3 + 25 + 2
+    assert len(left) >= 3 * 32
+    child(tmp_path / "killed", "resume")
+    assert same(tmp_path / "whole", tmp_path / "killed")
+    runs = [load_run(tmp_path / name) for name in ("whole", "killed")]
+    whole, killed = ([t.content() for t in run.trajectories()] for run in runs)
+    assert whole == killed
+    assert len(runs[0]) == len(runs[1]) == 6 * 32
+    assert [line["step"] for line in runs[1].metrics if line["phase"] == "rl"] == list(range(29, 35))
+
+
+def test_a_run_can_be_interrupted_and_goes_on(tmp_path: Path) -> None:
+    def stop(phase: str, done: int, total: int, figures: Any) -> None:
+        if (phase, done) == ("rl", 2):
+            raise KeyboardInterrupt
+
+    declared = config(run={"steps": 4, "checkpoint_every": 1}, warmup={"steps": 0}, eval={"episodes": 4})
+    with pytest.raises(KeyboardInterrupt):
+        PolicyGradient.train(declared, tmp_path / "run", progress=stop)
+    started = time.perf_counter()
+    summary = PolicyGradient.train(None, tmp_path / "run", resume=True)
+    assert summary.steps == 4
+    assert len(load_run(tmp_path / "run")) == 4 * 32
+    assert time.perf_counter() - started < 60
+
+
+async def test_training_works_inside_a_running_loop(tmp_path: Path) -> None:
+    declared = config(run={"steps": 1}, warmup={"steps": 0}, sft={"steps": 0}, eval={"episodes": 0})
+    assert asyncio.get_running_loop().is_running()
+    assert PolicyGradient.train(declared, tmp_path / "run").before == {}
+
+
+def test_when_everything_fails_the_run_says_why(tmp_path: Path) -> None:
+    declared = config(env={"broken": True}, warmup={"steps": 0}, sft={"steps": 0}, eval={"episodes": 0})
+    with pytest.raises(Fault, match=r"all 32 episodes.*lever is stuck.*resume"):
+        PolicyGradient.train(declared, tmp_path / "run")
+
+
+def test_a_reference_is_kept_for_a_resumed_run(tmp_path: Path) -> None:
+    objective = {"regularisers": [{"kind": "kl", "coef": 0.01}]}
+    declared = config(run={"steps": 2}, warmup={"steps": 0}, eval={"episodes": 0}, objective=objective)
+    summary = PolicyGradient.train(declared, tmp_path / "run")
+    assert summary.last["kl_reference"] > 0.0
+    assert (tmp_path / "run" / "reference" / "model.safetensors").is_file()
+
+
+def sample(value: float | None, group: str = "g", version: int = 0) -> Sample:
+    span = TokenSpan(versions=(VersionRun(start=0, version=version),))
+    turns = Turns(items=(Turn(step=0, observation=Observation(), action=Action(span=span)),))
+    status: Any = "failed" if value is None else "terminated"
+    episode = Episode(task=Task(env="x"), group=group)
+    reward = None if value is None else Composed(value, 0.0, ())
+    return Sample(Trajectory(env="x", episode=episode, turns=turns, status=status), reward)
+
+
+def test_the_buffer_admits_what_may_be_learnt_from_and_counts_the_rest() -> None:
+    buffer = Buffer(max_staleness=1, drop_equal=True)
+    mixed = [sample(1.0, version=5), sample(0.0, version=4), sample(0.5, version=3), sample(None)]
+    assert [s.value for s in buffer.take([mixed, [sample(1.0, "h", 5), sample(1.0, "h", 5)]], 5)] == [1.0, 0.0]
+    assert buffer.counts == {"failed": 1, "stale": 1, "equal": 2}
+    keeps = Buffer(max_staleness=0, drop_equal=False)
+    assert len(keeps.take([[sample(1.0), sample(1.0)]], 0)) == 2
+
+
+def test_best_of_takes_the_first_best_of_each_group() -> None:
+    samples = [sample(0.1, "a"), sample(0.9, "a", 1), sample(0.9, "a", 2), sample(0.3, "b", 3)]
+    assert best_of(samples) == [samples[1].trajectory, samples[3].trajectory]
+
+
+def test_a_cursor_goes_on_where_it_was_and_begins_again() -> None:
+    class Finite:
+        id = "finite"
+
+        def tasks(self, split: str, seed: int) -> Any:
+            return (Task(env="finite", seed=n) for n in range(5))
+
+    first: Any = TaskCursor(Finite(), seed=0)  # type: ignore[arg-type]
+    whole = [t.seed for t in first.take(12)]
+    assert whole == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    later: Any = TaskCursor(Finite(), seed=0)  # type: ignore[arg-type]
+    later.seek(7)
+    assert [t.seed for t in later.take(5)] == whole[7:]
+    assert (first.position, later.position) == (12, 12)
+
+    class Empty(Finite):
+        def tasks(self, split: str, seed: int) -> Any:
+            return iter(())
+
+    with pytest.raises(ConfigError, match="no task"):
+        TaskCursor(Empty(), seed=0).take(1)  # type: ignore[arg-type]
