@@ -27,7 +27,7 @@ from agentgym.testing.drive import (
 )
 from agentgym.testing.report import CheckFailed, NotClaimed
 from agentgym.testing.subject import Budget, Subject
-from agentgym.types import Action, Episode, Observation, Task, decode, encode
+from agentgym.types import Action, Episode, Task, ToolCall, decode, encode
 
 LADDER_TASKS = (32, 64, 128, 256)
 ANCHORS = ("random", "oracle")
@@ -173,17 +173,14 @@ def t_quantile(freedom: int) -> float:
 # --- hidden twin ------------------------------------------------------------------------------------------------
 
 
-def _silence(_: Observation) -> Action:
-    return Action(text="")
-
-
-def _nonsense(_: Observation) -> Action:
-    return Action(text="mmh")
+def _always(action: Action) -> Scripted:
+    return Scripted(lambda episode, agent: lambda seen: action)
 
 
 BLANK = {
-    "silence": Scripted(lambda episode, agent: _silence),
-    "nonsense": Scripted(lambda episode, agent: _nonsense),
+    "silence": _always(Action()),
+    "nonsense": _always(Action(text="mmh")),
+    "calls of no tool": _always(Action(tool_calls=(ToolCall(name="no_such_tool"),))),
 }
 """Policies that ask nothing, so nothing hidden may reach them."""
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any
 
 import msgspec
 
@@ -91,20 +90,13 @@ class Subject:
 
 
 class Budget:
-    """Seconds a check may spend on repetition; what it got through goes into its detail."""
+    """Seconds a check may spend on repetition; false when they are over."""
 
     def __init__(self, seconds: float) -> None:
         self.until = time.perf_counter() + seconds
 
     def __bool__(self) -> bool:
         return time.perf_counter() < self.until
-
-    def over(self, items: Sequence[Any], least: int = 1) -> Iterator[Any]:
-        """The items until the time is used, at least the first `least`."""
-        for number, item in enumerate(items):
-            if number >= least and not self:
-                return
-            yield item
 
 
 def splits(env: Environment) -> list[str]:
