@@ -7,6 +7,7 @@ surface that speaks in buckets loses nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,14 @@ Op = Literal["is", "max", "min", "prefer"]
 NAMED_VALUES = 600
 """How many values of a choice column can be wished for: the most frequent ones."""
 _CACHED_MASKS = 512
+
+
+_WORD = re.compile(r"[^\W_]+")
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words; everything else separates."""
+    return _WORD.findall(text.lower())
 
 
 class Constraint(msgspec.Struct, frozen=True, array_like=True):
@@ -191,6 +200,13 @@ class Catalogue:
     @cached_property
     def row_of(self) -> dict[str, int]:
         return {id: row for row, id in enumerate(self.ids)}
+
+    @cached_property
+    def spoken(self) -> dict[str, str]:
+        """How people name the slots: words joined by spaces -> slot. A slot's own name goes before synonyms."""
+        synonyms = ((word, n) for n, c in self.columns.items() for word in (c.slot.label, *c.slot.words))
+        names = {" ".join(words(word)): name for word, name in synonyms}
+        return names | {" ".join(words(name)): name for name in self.columns}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -74,10 +74,16 @@ def _delimited(path: Path, text: str, delimiter: str, quote: str) -> Table:
         raise DataError(f"{path}: a delimiter is one character, not {delimiter!r}")
     if mark not in first:
         raise DataError(f"{path}: only one column found with the delimiter {_name(mark)}; {_advice(first)}")
-    readings = [_rows(text, mark, quote)]
-    if quote and quote in text:
-        readings.append(_rows(text, mark, ""))
-    return max(readings, key=lambda t: len(t.rows))
+    quoted = _rows(text, mark, quote)
+    if not quote or not (quoted.dropped or _swallowed(quoted, mark)):
+        return quoted
+    return max(quoted, _rows(text, mark, ""), key=lambda t: len(t.rows))
+
+
+def _swallowed(found: Table, mark: str) -> bool:
+    """Whether some cell holds what looks like whole rows: a stray quote mark opened it."""
+    inner = (line for row in found.rows for cell in row if "\n" in cell for line in cell.split("\n")[1:-1])
+    return any(line.count(mark) >= len(found.header) - 1 for line in inner)
 
 
 def _rows(text: str, mark: str, quote: str) -> Table:

@@ -17,8 +17,7 @@ import numpy as np
 
 from agentgym.errors import DataError, unknown
 from agentgym_envs.shopping import cells, files
-from agentgym_envs.shopping.catalogue import Catalogue, Column, Slot, choice, number
-from agentgym_envs.shopping.search import words
+from agentgym_envs.shopping.catalogue import Catalogue, Column, Slot, choice, number, words
 
 ROLES: dict[str, tuple[str, ...]] = {
     "title": ("title", "name", "product_name", "product_title", "item_name", "product"),

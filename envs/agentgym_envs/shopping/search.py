@@ -7,7 +7,6 @@ tokenised, never parsed as a query language.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,17 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from agentgym_envs.shopping.catalogue import Catalogue, Constraint, Number, Rows
+from agentgym_envs.shopping.catalogue import Catalogue, Constraint, Number, Rows, words
 
 K1, B = 1.2, 0.75
 """BM25's usual saturation and length normalisation (Robertson and Zaragoza 2009)."""
 MAX_QUERY_TERMS = 32
-_WORD = re.compile(r"[^\W_]+", re.UNICODE)
-
-
-def words(text: str) -> list[str]:
-    """Lower-cased words; everything else separates."""
-    return _WORD.findall(text.lower())
 
 
 class Hits(NamedTuple):

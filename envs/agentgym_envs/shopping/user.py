@@ -7,14 +7,14 @@ keyed by (task seed, purpose, need, slot), never streamed. Answers never contain
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
 from agentgym.seeding import share
-from agentgym_envs.shopping.catalogue import Catalogue, Constraint
+from agentgym_envs.shopping.catalogue import Catalogue, Constraint, words
 from agentgym_envs.shopping.tasks import Brief, Need
 
 ActKind = Literal["INFORM", "NO_PREF", "VAGUE", "REJECT", "ACCEPT", "UNSURE", "CHANGE", "LEAVE", "LISTEN"]
@@ -149,7 +149,7 @@ def change_mind(mind: Mind, brief: Brief, turn: int) -> list[Act]:
 
 # --- free text --------------------------------------------------------------------------------------------------
 
-_SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]?")
+_SENTENCE_END = re.compile(r"(?<=[.!?\n])")
 _REQUEST = re.compile(
     r"\s*(?:please\s+|so\s+|and\s+|ok(?:ay)?,?\s+|great,?\s+)*"
     r"(?:what|which|how|do|does|are|is|any|who|where|should|would|could|can|tell me|let me know|may i ask|describe)\b",
@@ -159,20 +159,21 @@ _REQUEST = re.compile(
 
 def slots_asked(text: str, catalogue: Catalogue) -> list[str]:
     """Slots whose name or synonym occurs as whole words inside a question or request, in order of occurrence."""
-    found: dict[str, int] = {}
-    for match in _SENTENCE.finditer(text[:MAX_TEXT]):
-        sentence = match.group()
+    found: list[str] = []
+    for sentence in _SENTENCE_END.split(text[:MAX_TEXT]):
         if sentence.strip().endswith("?") or _REQUEST.match(sentence):
-            _collect(sentence.lower(), match.start(), catalogue, found)
-    return sorted(found, key=lambda slot: (found[slot], slot))
+            found += _named(words(sentence), catalogue.spoken)
+    return list(dict.fromkeys(found))
 
 
-def _collect(sentence: str, offset: int, catalogue: Catalogue, found: dict[str, int]) -> None:
-    for name, column in catalogue.columns.items():
-        for word in (name.replace("_", " "), column.slot.label.lower(), *column.slot.words):
-            hit = re.search(rf"\b{re.escape(word)}\b", sentence) if word else None
-            if hit and name not in found:
-                found[name] = offset + hit.start()
+def _named(sentence: list[str], names: Mapping[str, str]) -> Iterator[str]:
+    """Slots named by up to three words in a row."""
+    for start in range(len(sentence)):
+        for length in (3, 2, 1):
+            slot = names.get(" ".join(sentence[start : start + length]))
+            if slot is not None:
+                yield slot
+                break
 
 
 def need_of(mind: Mind, catalogue: Catalogue, needs: Sequence[Need], row: int) -> int:
