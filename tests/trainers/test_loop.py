@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,6 @@ def config(**sections: Any) -> Config:
 
 def weights(run: Path) -> dict[str, Any]:
     return load_file(Path(load_run(run).checkpoints[-1].path) / MODEL / "model.safetensors")
-
-
-def same(a: Path, b: Path) -> bool:
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(bool((left[k] == right[k]).all()) for k in left)
 
 
 def test_reinforcement_finds_the_arm_that_pays(tmp_path: Path) -> None:
@@ -79,66 +73,78 @@ def test_imitating_the_best_of_each_group_improves_too(tmp_path: Path) -> None:
     assert summary.after["success"] > summary.before["success"] + 0.2
 
 
-CHILD = """
+EXACT: dict[str, Any] = {
+    "run": {"deterministic": True, "steps": 6, "checkpoint_every": 2, "threads": 1},
+    "eval": {"episodes": 4},
+}
+CHILD = f"""
 import sys
 from toys import register, table
 from agentgym_trainers.config import from_table
 from agentgym_trainers.loop import PolicyGradient
 register()
-out, resume = sys.argv[1], sys.argv[2] == "resume"
-slow = dict(run={"deterministic": True, "steps": 6, "checkpoint_every": 2}, eval={"episodes": 4})
 def progress(phase, done, total, figures):
     print(phase, done, flush=True)
-PolicyGradient.train(None if resume else from_table(table(**slow)), out, resume=resume, progress=progress)
+PolicyGradient.train(from_table(table(**{EXACT!r})), sys.argv[1], progress=progress)
 """
 
 
-def child(out: Path, mode: str, until: str = "") -> None:
-    """Run the training in a process of its own; SIGKILL it once it has said `until`."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    path = tmp_path_factory.mktemp("exact") / "whole"
+    PolicyGradient.train(config(**EXACT), path)
+    return path
+
+
+def kill(out: Path, when: str) -> None:
+    """Train in a process of its own; SIGKILL it once it has said `when`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(out), mode], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", CHILD, str(out)], stdout=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout is not None
     with process.stdout:
         for line in process.stdout:
-            if line.strip() == until:
+            if line.strip() == when:
                 process.send_signal(signal.SIGKILL)
                 break
-    assert process.wait(60) == (-signal.SIGKILL if until else 0)
+    assert process.wait(60) == -signal.SIGKILL
 
 
-@pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """Killed in the warm start and again between two checkpoints of the reinforcement."""
-    child(tmp_path / "whole", "begin")
-    child(tmp_path / "killed", "begin", until="sft 9")
-    child(tmp_path / "killed", "resume", until="rl 3")
-    left = load_run(tmp_path / "killed")
-    assert left.checkpoints[-1].step == 3 + 25 + 2
-    assert len(left) >= 3 * 32
-    child(tmp_path / "killed", "resume")
-    assert same(tmp_path / "whole", tmp_path / "killed")
-    runs = [load_run(tmp_path / name) for name in ("whole", "killed")]
-    whole, killed = ([t.content() for t in run.trajectories()] for run in runs)
-    assert whole == killed
-    assert len(runs[0]) == len(runs[1]) == 6 * 32
+def agree(a: Path, b: Path) -> None:
+    """The same weights and episodes, bit by bit."""
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    assert all(bool((left[name] == right[name]).all()) for name in left)
+    runs = [load_run(path) for path in (a, b)]
+    one, other = ([t.content() for t in run.trajectories()] for run in runs)
+    assert one == other
+    assert len(one) == 6 * 32
     assert [line["step"] for line in runs[1].metrics if line["phase"] == "rl"] == list(range(29, 35))
 
 
-def test_a_run_can_be_interrupted_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    """Killed between two checkpoints: what was collected since the last one is cut off and collected again."""
+    kill(tmp_path / "killed", "rl 3")
+    left = load_run(tmp_path / "killed")
+    assert left.checkpoints[-1].step == 3 + 25 + 2
+    assert len(left) >= 3 * 32
+    PolicyGradient.train(None, tmp_path / "killed", resume=True)
+    agree(whole, tmp_path / "killed")
+
+
+@pytest.mark.parametrize("moment", [("warmup", 2), ("sft", 9), ("before", 1), ("rl", 2), ("rl", 6)])
+def test_an_interrupted_run_ends_with_the_same_bits(whole: Path, tmp_path: Path, moment: tuple[str, int]) -> None:
     def stop(phase: str, done: int, total: int, figures: Any) -> None:
-        if (phase, done) == ("rl", 2):
+        if (phase, done) == moment:
             raise KeyboardInterrupt
 
-    declared = config(run={"steps": 4, "checkpoint_every": 1}, warmup={"steps": 0}, eval={"episodes": 4})
     with pytest.raises(KeyboardInterrupt):
-        PolicyGradient.train(declared, tmp_path / "run", progress=stop)
-    started = time.perf_counter()
-    summary = PolicyGradient.train(None, tmp_path / "run", resume=True)
-    assert summary.steps == 4
-    assert len(load_run(tmp_path / "run")) == 4 * 32
-    assert time.perf_counter() - started < 60
+        PolicyGradient.train(config(**EXACT), tmp_path / "run", progress=stop)
+    assert PolicyGradient.train(None, tmp_path / "run", resume=True).steps == 6
+    agree(whole, tmp_path / "run")
 
 
 async def test_training_works_inside_a_running_loop(tmp_path: Path) -> None:
