@@ -37,6 +37,8 @@ Opening = Callable[[Episode], tuple[Desk, Surface]]
 
 ASKING = 0.3
 """Share of the teacher's episodes in which it asks."""
+QUESTIONS = 3
+"""How many slots the teacher tries, at most, to learn one thing."""
 ORACLE_FILTERS = 12
 
 
@@ -103,11 +105,17 @@ def ask_all(desk: Desk, g: Random) -> Steps:
 
 
 def teacher(desk: Desk, g: Random) -> Steps:
-    """Mostly never ask, now and then ask one random slot: asking is possible, but not known to pay."""
+    """Mostly never ask, now and then ask one random slot: asking is possible, but not known to pay.
+
+    A slot the user does not care about is not counted: it goes on to another, at most `QUESTIONS` of them, until it has
+    learned one thing. It never asks once it has learned something.
+    """
     if g.random() < ASKING:
         for need in range(len(desk.brief.needs)):
-            slots = _unnamed(desk, need)
-            yield from _ask(desk, need, [g.choice(slots)] if slots else [])
+            slots, known = _unnamed(desk, need), len(desk.mind.known(need))
+            for slot in g.sample(slots, min(QUESTIONS, len(slots))):
+                if len(desk.mind.known(need)) == known and _time_left(desk):
+                    yield from _ask(desk, need, [slot])
     yield from _finish(desk)
 
 
@@ -115,7 +123,7 @@ def wander(desk: Desk, g: Random) -> Steps:
     """Legal requests at random, then a random one of the items shown."""
     for _ in range(g.randint(1, 3)):
         yield _random_request(desk, g)
-    events = yield Search(filters=(_random_wish(desk, g),), page=1)
+    events = yield Search(filters=_random_filter(desk, g))
     rows = _rows(events)
     if rows and desk.brief.purse is None:
         yield _recommend(desk, g.choice(rows))
@@ -129,9 +137,7 @@ def oracle(desk: Desk, g: Random) -> Steps:
     rows = _best_rows(desk)
     for need, row in enumerate(rows):
         if row not in desk.seen:
-            profile = [desk.catalogue.columns[s].wish(row) for s in ("category", *_schema(desk, need))]
-            filters = tuple(w for w in profile if w is not None and w.slot in desk.catalogue.columns)
-            yield from _find(desk, row, filters[:ORACLE_FILTERS])
+            yield from _find(desk, row, _profile(desk, row))
         if desk.brief.purse is not None:
             item = desk.catalogue.ids[row]
             yield Show(items=(item,))
@@ -253,15 +259,22 @@ def _affordable(desk: Desk, a: int, b: int) -> bool:
     return not purse.one_seller or len({desk.catalogue.columns["seller"].read(r) for r in (a, b)}) == 1
 
 
-def _random_wish(desk: Desk, g: Random) -> Constraint:
+def _profile(desk: Desk, row: int) -> tuple[Constraint, ...]:
+    """A row's own values as filters, those of its need's hard wishes first."""
+    slots = dict.fromkeys([*(w.slot for wishes in desk.mind.wishes for w in wishes), *desk.catalogue.columns])
+    wishes = (desk.catalogue.columns[slot].wish(row) for slot in slots)
+    return tuple(w for w in wishes if w is not None)[:ORACLE_FILTERS]
+
+
+def _random_filter(desk: Desk, g: Random) -> tuple[Constraint, ...]:
     """What a random item would be asked for in a random slot."""
     row = int(g.choice(desk.catalogue.sold))
     wishes = [w for c in desk.catalogue.columns.values() if (w := c.wish(row)) is not None]
-    return g.choice(wishes) if wishes else Constraint("category", "is", desk.catalogue.category(row))
+    return (g.choice(wishes),) if wishes else ()
 
 
 def _random_request(desk: Desk, g: Random) -> Request:
     slots = _schema(desk, 0)
-    if desk.seen and g.random() < 0.3:
-        return Search(filters=(_random_wish(desk, g),))
-    return Ask(slots=(g.choice(slots),)) if slots and g.random() < 0.3 else Search(filters=(_random_wish(desk, g),))
+    if slots and g.random() < 0.25:
+        return Ask(slots=(g.choice(slots),))
+    return Search(filters=_random_filter(desk, g))
