@@ -373,6 +373,6 @@ def _probe(model: Any, store: Store) -> float:
             row.ids = ids[:stop]
             _, logits = store.run([row])
             gap = max(gap, float((logits[0].float().log_softmax(-1) - expected[stop - 1].log_softmax(-1)).abs().max()))
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+    except Exception:  # whatever a foreign model raises over a cache it does not know
         return float("inf")
     return gap

@@ -41,7 +41,8 @@ class TorchEngine:
     `seed` enters every draw together with (episode.seed, episode.member, agent, turn). `deterministic` gives each pass
     a shape that depends on one session's history alone, and keeps evicted caches as copies: the same seed gives the
     same ids and log-probs bit for bit on one machine, thread count and set of versions, in whatever order sessions
-    arrive. `threads` sets torch's threads in the engine thread.
+    arrive. `threads` sets torch's threads in the engine thread. The model is kept in eval mode: what is sampled under
+    dropout could not be recorded exactly.
     """
 
     def __init__(
@@ -60,12 +61,14 @@ class TorchEngine:
         _check_sizes(model, slots, max_length)
         self.model, self.renderer, self.max_length, self.seed = model, renderer, max_length, seed
         self.sampling = check(sampling or Sampling())
+        self.deterministic = deterministic
+        model.eval()
         store = store_for(model, slots, max_length, deterministic=deterministic)
         self._batcher = Batcher(store, slots, renderer.end_ids, renderer.decode, exact=deterministic, version=version)
         self._inbox: deque[Callable[[], None]] = deque()
         self._done: list[Job] = []  # touched by the engine thread alone
         self._lock = threading.Lock()
-        self._pumping = False
+        self._pumping = self._closed = False
         self._thread = ThreadPoolExecutor(
             1, "agentgym-engine", initializer=None if threads is None else lambda: torch.set_num_threads(threads)
         )
@@ -120,11 +123,15 @@ class TorchEngine:
 
     def close(self) -> None:
         """End the engine thread once it is idle. An engine that is dropped closes itself."""
+        with self._lock:
+            self._closed = True
         self._thread.shutdown(wait=True)
 
     def _post(self, command: Callable[[], None]) -> None:
         """Hand a command to the engine thread, and wake it if it sleeps."""
         with self._lock:
+            if self._closed:
+                raise EngineFault("this engine is closed; make a new one")
             self._inbox.append(command)
             if not self._pumping:
                 self._thread.submit(self._pump)
@@ -132,6 +139,7 @@ class TorchEngine:
 
     def _pump(self) -> None:
         """The engine thread at work, until there is none left."""
+        self.model.eval()
         while True:
             with self._lock:
                 commands = list(self._inbox)
@@ -208,7 +216,8 @@ class TorchSession:
     ) -> None:
         self._left = True
         if self._turn:
-            self.engine._post(lambda: self.engine._batcher.release(self._row))
+            with contextlib.suppress(EngineFault):  # a closed engine holds nothing
+                self.engine._post(lambda: self.engine._batcher.release(self._row))
 
     async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
         """Sample a reply to what is new.

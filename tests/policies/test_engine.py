@@ -25,6 +25,8 @@ from agentgym.modeling import build
 from agentgym.modeling.renderer import Renderer
 from agentgym.modeling.tokenizer import closed_vocabulary
 from agentgym.policy import Policy, Publishes
+from agentgym.testing import check_policy
+from agentgym.testing.fakes import CountingEnv
 from agentgym.types import (
     Action,
     Array,
@@ -37,6 +39,7 @@ from agentgym.types import (
     WeightsVersion,
     say,
 )
+from agentgym_policies import slots
 from agentgym_policies.torch_engine import TorchEngine
 
 WORDS = 40
@@ -354,8 +357,37 @@ async def test_tool_calls_are_parsed_from_the_reply() -> None:
     assert action.text == RENDERER.reply(list(action.span.ids))[0]
 
 
-def test_event_loops_come_and_go() -> None:
+def test_event_loops_come_and_go_and_a_closed_engine_says_so() -> None:
     who = engine()
     first = asyncio.run(play(who, 1, 2))
     assert asyncio.run(play(who, 1, 2)) == first
     who.close()
+    with pytest.raises(EngineFault, match="engine is closed"):
+        asyncio.run(play(who, 1, 1))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_slow_store_reproduces_the_plain_forward_pass(restart: bool) -> None:
+    assert slots._probe(MODEL, slots.RowStore(MODEL, restart=restart)) < ATOL
+
+
+def test_a_store_that_departs_from_the_model_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(6)
+    assert isinstance(slots.store_for(model, 2, 64), slots.SlotStore)
+    monkeypatch.setattr(slots.PrefillLayout, "attend", lambda self, q, k, v, *_: v.transpose(1, 2).repeat(1, 1, 2, 1))
+    assert isinstance(slots.store_for(model, 2, 64), slots.RowStore)
+    monkeypatch.setattr(slots.RowStore, "_advance", lambda self, row: torch.zeros(len(TOKENIZER)))
+    with pytest.raises(ModelError, match="no cache of Qwen3ForCausalLM reproduces its own forward pass"):
+        slots.store_for(model, 2, 64)
+
+
+def test_prompts_longer_than_a_pass_are_prefilled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "PREFILL_TOKENS", 7)
+    played = asyncio.run(play_all(engine(slots=3), range(4), 3))
+    assert max(gap(MODEL, spans) for spans in played.values()) < ATOL
+
+
+def test_it_passes_the_suite_of_policies() -> None:
+    report = check_policy(engine(max_length=2048, deterministic=True), CountingEnv(), episodes=2)
+    report.raise_for_failures()
+    assert {check.status for check in report.checks} == {"passed"}

@@ -1,0 +1,42 @@
+"""The engine's benchmark: its schedule is the same for everybody, its figures have the promised shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from agentgym import registry
+from agentgym.errors import ConfigError, UnknownName
+from agentgym_policies import bench
+
+
+def test_every_contestant_samples_the_schedule(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    out = tmp_path / "engine.md"
+    figures = bench.engine(sessions=3, turns=2, hidden=32, layers=1, rounds=2, out=str(out))
+    torch.set_num_threads(threads)
+    rows = figures["tokens per second"]
+    assert [row["contestant"] for row in rows] == ["engine", "generate", "generate + cache"]
+    assert rows[0]["ratio"] == 1.0
+    assert all(row["ratio"] > 0 for row in rows)
+    assert "| generate + cache |" in out.read_text(encoding="utf-8")
+    assert registry.load("engine", "benches") == bench.engine
+
+
+def test_the_schedule_is_fixed_by_its_seed() -> None:
+    one, same, other = (bench.Schedule(4, 3, "drawn", seed) for seed in (0, 0, 1))
+    assert one.prompts == same.prompts
+    assert (one.replies == same.replies).all()
+    assert (one.replies != other.replies).any()
+    assert one.tokens == int(one.replies.sum())
+    equal = bench.Schedule(4, 3, "equal", 0)
+    assert (equal.replies == equal.replies[0]).all()
+
+
+def test_settings_that_cannot_be_meant() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'drawn'"):
+        bench.engine(lengths="drwan")
+    with pytest.raises(ConfigError, match="at least 1"):
+        bench.engine(sessions=0)
