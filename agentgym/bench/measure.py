@@ -15,6 +15,8 @@ from typing import Any
 
 import msgspec
 
+from agentgym import __version__
+
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of one run: CPU of this process (all threads, system time included) and wall clock."""
@@ -44,12 +46,13 @@ def machine(packages: Sequence[str]) -> dict[str, str]:
     """Where the figures come from: interpreter, processor, load when it began, versions of what takes part."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     found = {
+        "agentgym": __version__,
         "python": sys.version.split()[0],
         "system": f"{platform.system()} {platform.machine()}",
         "cores": str(os.cpu_count()),
         "load": load,
     }
-    return found | {name: _version(name) for name in packages if _version(name)}
+    return found | {name: number for name in packages if name not in found and (number := _version(name))}
 
 
 def _version(package: str) -> str:

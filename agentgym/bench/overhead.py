@@ -48,14 +48,18 @@ def overhead(
 ) -> dict[str, Any]:
     """All tables. `seconds` is how long each loop-lag run lasts; `out` also writes them as Markdown."""
     figures = {
-        "machine": machine(("agentgym-suite", "msgspec", "numpy", *PEERS)),
+        "machine": machine(("msgspec", "numpy", *PEERS)),
+        "reading": "median (lowest - highest) of the repeats; a load above the number of cores slows the wall clock of "
+        "every row, the bare ones least, and CPU time by shared caches",
         "settings": {"seed": seed, "repeats": repeats, "turns an episode": TURNS, "tokens a turn": 30},
         "cpu a turn, instant policy": [instant(n, count, repeats, seed) for n, count in INSTANT],
         "loop lag, 16,000 at once": lags(16_000, seconds, seed),
         "list schedule": [schedule(n, mean, rounds, repeats, seed) for n, mean, rounds in SCHEDULES],
     }
     if peers:
-        figures["others, instant policy"] = [row for name in PEERS for row in peer_rows(name, repeats)]
+        figures["beside others, text only, instant policy"] = [
+            row for name in PEERS for row in peer_rows(name, repeats)
+        ]
     if out:
         Path(out).write_text(markdown("What the runner costs", figures), encoding="utf-8")
     return figures

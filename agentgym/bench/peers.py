@@ -1,7 +1,7 @@
 """Other frameworks' own episode loops on the same toy: 220-character observations, 110-character replies, no latency.
 
-Each imports its framework when it runs, and says in `unlike` where its row is not like ours. None of them records
-tokens, log-probs or a ledger, writes to disk, or keeps deadlines in this benchmark.
+Each imports its framework when it runs, and says in `unlike` where its row differs. No row has tokens, log-probs,
+deadlines or a disk: those are in the other tables, for our runner only.
 """
 
 from __future__ import annotations
@@ -9,12 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from importlib import import_module
+from itertools import islice
+from math import inf
 from typing import Any
 
 import msgspec
 
 from agentgym.bench.measure import Cost, cost
+from agentgym.policy import Scripted
+from agentgym.rollout import Limits, Runner, episodes
+from agentgym.testing.fakes import CountingEnv
+from agentgym.types import Action, Observation
 
 OBSERVATION = "x" * 220
 REPLY = "y" * 110
@@ -25,6 +32,26 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
     run: Callable[[int, int, int], Cost]
     unlike: str
+
+
+def ours(n: int, rounds: int, turns: int) -> Cost:
+    """Our runner on text alone: no tokens, no deadlines, nothing written, trajectories dropped as they end."""
+
+    async def reply(observation: Observation) -> Action:
+        await asyncio.sleep(0)
+        return Action(text=REPLY)
+
+    env = CountingEnv(turns)
+    limits = Limits(turn_seconds=inf, episode_seconds=inf)
+    runner = Runner(env, Scripted(lambda episode, agent: reply), concurrency=n, limits=limits)
+    asked = list(episodes(islice(env.tasks(), n * rounds)))
+
+    async def work() -> None:
+        async with aclosing(runner.run(asked)) as stream:
+            async for _ in stream:
+                pass
+
+    return cost(work)
 
 
 def gem(n: int, rounds: int, turns: int) -> Cost:
@@ -84,6 +111,7 @@ def skyrl(n: int, rounds: int, turns: int) -> Cost:
 
 
 PEERS = {
+    "agentgym": Peer(run=ours, unlike="records observations, actions and reward terms of every turn, with timings"),
     "gem-llm": Peer(run=gem, unlike="lockstep: all environments wait for the slowest; keeps nothing"),
     "skyrl-gym": Peer(run=skyrl, unlike="keeps the messages only; no rollout loop of its own: this is SkyRL's"),
 }
