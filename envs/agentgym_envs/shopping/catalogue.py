@@ -269,11 +269,10 @@ class Catalogue:
         return {}
 
     def schema(self, category: str) -> tuple[str, ...]:
-        """The slots in which the items of a category differ, in the order of `columns`, without the category itself."""
+        """The slots in which the items of a category differ, in the order of `columns`; of all items for ""."""
         if category not in self._schemas:
             rows = self.rows_of(category)
-            names = (n for n, c in self.columns.items() if n != "category" and c.distinct(rows) > 1)
-            self._schemas[category] = tuple(names)
+            self._schemas[category] = tuple(n for n, c in self.columns.items() if c.distinct(rows) > 1)
         return self._schemas[category]
 
     def product(self, row: int) -> Product:

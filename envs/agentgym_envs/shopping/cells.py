@@ -43,6 +43,10 @@ UNITS = {
 }  # fmt: skip
 
 
+_ABOUT = {"from", "ab", "about", "approx", "approx.", "ca", "ca.", "circa", "only", "nur", "~", "≈", "+"}
+_MINUS = {"-", "−", "–"}
+
+
 class Amount(NamedTuple):
     """A number as it stands in a cell: digits not yet interpreted, and its unit or currency, lower-cased."""
 
@@ -68,12 +72,11 @@ def amount(cell: str) -> Amount | None:
     if match is None:
         return None
     before, after = (match["before"] or "").strip().lower(), (match["after"] or "").strip().lower()
-    negative = before in ("-", "−", "–")
-    if before and not negative and after and after.rstrip(".") not in CURRENCIES:
+    if before and before not in CURRENCIES and before not in _ABOUT and before not in _MINUS:
         return None
-    unit = after or ("" if negative else before)
+    unit = after or (before if before in CURRENCIES else "")
     digits = re.sub(r"['’\u00a0\u202f ]", "", match["number"])
-    return Amount(("-" if negative else "") + digits, unit.rstrip("."))
+    return Amount(("-" if before in _MINUS else "") + digits, unit.rstrip("."))
 
 
 def decimal_mark(amounts: Iterable[Amount], price: bool = False) -> str:

@@ -251,7 +251,7 @@ class Desk:
         rows = self._rows(request.items)
         if isinstance(rows, Problem):
             return rows
-        needs = [user.need_of(self.mind, self.catalogue, self.brief.needs, row) for row in rows]
+        needs = [user.need_of(self.mind, self.catalogue, row) for row in rows]
         acts = user.react(self.mind, self.catalogue, needs, rows)
         for row, act in zip(rows, acts, strict=True):
             (self.confirmed.discard if act.kind == "REJECT" else self.confirmed.add)(row)

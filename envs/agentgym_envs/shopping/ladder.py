@@ -135,7 +135,7 @@ def wander(desk: Desk, g: Random) -> Steps:
 def oracle(desk: Desk, g: Random) -> Steps:
     """Knows every wish: finds the best item by its own attributes and recommends it."""
     rows = _best_rows(desk)
-    for need, row in enumerate(rows):
+    for row in rows:
         if row not in desk.seen:
             yield from _find(desk, row, _profile(desk, row))
         if desk.brief.purse is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ import numpy as np
 
 from agentgym.errors import DataError, unknown
 from agentgym_envs.shopping import cells, files
-from agentgym_envs.shopping.catalogue import Catalogue, Column, Slot, choice, number, words
+from agentgym_envs.shopping.catalogue import Catalogue, Column, Number, Slot, choice, number, words
 
 ROLES: dict[str, tuple[str, ...]] = {
     "title": ("title", "name", "product_name", "product_title", "item_name", "product"),
@@ -32,14 +32,16 @@ ROLES: dict[str, tuple[str, ...]] = {
 _IDENTIFIERS = re.compile(
     r"(?:^|_)(?:id|ids|sku|ean|upc|gtin|asin|isbn|mpn|url|uri|link|image|images|img|photo)(?:_|$)"
 )
-_LOW_IS_BETTER = re.compile(
-    r"price|cost|weight|shipping|delivery|noise|consumption|latency|age|fee|sugar|salt|calories|rank"
-)
+_LOW_IS_BETTER = {
+    "price", "preis", "prix", "precio", "cost", "fee", "shipping", "delivery", "weight", "gewicht", "poids", "peso",
+    "noise", "consumption", "latency", "age", "sugar", "salt", "calories", "rank",
+}  # fmt: skip
 _GONE = {"0", "no", "false", "out of stock", "out_of_stock", "outofstock", "unavailable", "sold out", "none"}
 MAX_CHOICES = 400
 MAX_WORD = 40
-MAX_SLOTS = 28
-TOPIC_SHARE = (0.01, 0.25)
+MAX_SLOTS = 16
+"""Slots a user may have wishes about; what columns there are beyond is searched as text."""
+TOPIC_SHARE = (0.01, 0.5)
 MIN_TOPIC = 10
 REST = "general"
 """The topic of titles without a telling word."""
@@ -173,7 +175,7 @@ class _Loader:
 
     def _keep(self, column: Column) -> None:
         """Keep a column that tells at least two values apart."""
-        if column.distinct(np.arange(len(self.rows))) > 1 and len(self.columns) < MAX_SLOTS:
+        if column.distinct(np.arange(len(self.rows))) > 1:
             self.columns[column.slot.name] = column
 
     def _ids(self) -> tuple[str, ...]:
@@ -214,16 +216,21 @@ class _Loader:
             self._keep(choice(slot, _topics(self._cells("title"), brands)))
 
     def _add_attributes(self) -> None:
-        """Every column without a role, in the order of the file."""
+        """Every column without a role: the fullest become attributes, in the order of the file, others are searched."""
+        found: list[Column] = []
         for at, label in enumerate(self.table.header):
             if at not in self.roles.values():
-                name = _free(_slug(label), self.columns)
                 texts = [row[at] for row in self.rows]
+                name = _free(_slug(label), {*self.columns, *(c.slot.name for c in found)})
                 column = self._attribute(name, label, texts)
                 if column is not None:
-                    self._keep(column)
-                elif not _IDENTIFIERS.search(name):
+                    found.append(column)
+                if not (isinstance(column, Number) or _IDENTIFIERS.search(name)):
                     self.searched.append(texts)
+        fullest = sorted(found, key=lambda c: -round(float(c.present.mean()), 1))[: MAX_SLOTS - len(self.columns)]
+        for column in found:
+            if column in fullest:
+                self._keep(column)
 
     def _attribute(self, name: str, label: str, texts: list[str]) -> Column | None:
         """A number or choice column, or None for what is neither."""
@@ -233,8 +240,8 @@ class _Loader:
             return None
         found = cells.numbers(texts)
         if found.odd + found.foreign <= 0.1 * len(filled) and _measures(found.values, kinds):
-            better: str = "low" if _LOW_IS_BETTER.search(name) else "high"
-            slot = Slot(name=name, label=label, better="low" if better == "low" else "high", unit=found.unit)
+            low = not _LOW_IS_BETTER.isdisjoint(name.split("_"))
+            slot = Slot(name=name, label=label, better="low" if low else "high", unit=found.unit)
             return number(slot, found.values, self.buckets)
         few = kinds <= min(MAX_CHOICES, max(12, len(filled) // 3))
         short = np.mean([len(t) for t in filled]) <= MAX_WORD
@@ -284,7 +291,7 @@ def _slug(label: str) -> str:
     return re.sub(r"\W+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", label).lower()).strip("_") or "column"
 
 
-def _free(name: str, taken: dict[str, Column]) -> str:
+def _free(name: str, taken: Collection[str]) -> str:
     """The name, or the name with a number where it is taken or means a role already."""
     used = {*taken, *ROLES}
     return next(n for n in (name, *(f"{name}_{i}" for i in range(2, 10_000))) if n not in used)

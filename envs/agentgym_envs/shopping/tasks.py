@@ -7,7 +7,7 @@ items match what is said at the start and at most a quarter of them match everyt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from random import Random
 
 import msgspec
@@ -118,10 +118,11 @@ class Maker:
         for row in catalogue.sold.tolist():
             self.pools[split_of(catalogue.models[row])].append(row)
         self.intents = tuple(i for i in config.intents if _carries(catalogue, config, i))
+        self._carried: dict[str, tuple[Intent, ...]] = {}
         if not self.intents:
             raise ConfigError(
-                f"this catalogue has nothing for the intents {', '.join(config.intents)}: bundle needs prices, "
-                "consult a number column; add 'single'"
+                f"nothing here for the intents {', '.join(config.intents)}: bundle needs prices and "
+                f"{BUNDLE_TURNS} turns, consult a number column; add 'single'"
             )
 
     def stream(self, split: str, seed: int) -> Iterator[Task]:
@@ -137,17 +138,33 @@ class Maker:
         """Task `number` of the stream; `DataError` when the catalogue cannot carry one after many tries."""
         if not self.pools[split]:
             raise DataError(f"no product in stock falls into the split {split!r}; the catalogue is too small for it")
-        intent = rng(seed, "intent", split, number).choice(self.intents)
-        for attempt in range(TRIES):
-            draw = _Draw(self.catalogue, self.config, intent, rng(seed, "task", split, number, attempt), attempt)
-            brief = draw.brief(self.pools[split])
+        intents = list(self.carried(split))
+        rng(seed, "intent", split, number).shuffle(intents)
+        for intent in intents:
+            brief = self.attempt(intent, split, seed, number)
             if brief is not None:
                 return pack(brief, split=split, seed=key(seed, "user", split, number) >> 24)
         raise DataError(
-            f"no task of intent {intent!r} in {TRIES} tries on {len(self.catalogue)} products with the slots "
+            f"no task of {', '.join(self.intents)} in {TRIES} tries on {len(self.catalogue)} products with the slots "
             f"{', '.join(self.catalogue.columns)}: at least {MIN_VISIBLE} items must match what is said at first and "
             "at most a quarter of those everything; map more columns, or choose other intents"
         )
+
+    def carried(self, split: str) -> tuple[Intent, ...]:
+        """The intents of which at least one of two probes can be drawn in this split."""
+        if split not in self._carried:
+            found = (i for i in self.intents if any(self.attempt(i, split, 0, -n) is not None for n in (1, 2)))
+            self._carried[split] = tuple(found)
+        return self._carried[split]
+
+    def attempt(self, intent: Intent, split: str, seed: int, number: int) -> Brief | None:
+        """The first draw of this intent that is accepted."""
+        for attempt in range(TRIES):
+            g = rng(seed, "task", intent, split, number, attempt)
+            brief = _Draw(self.catalogue, self.config, intent, g, attempt).brief(self.pools[split])
+            if brief is not None:
+                return brief
+        return None
 
 
 def _carries(catalogue: Catalogue, config: Config, intent: Intent) -> bool:
@@ -165,7 +182,7 @@ class _Draw:
 
     def brief(self, pool: list[int]) -> Brief | None:
         """A whole task, or None where this draw does not fit."""
-        first = self.need(self.g.choice(pool))
+        first = self.need(self.g.choice(pool), frozenset(pool) if self.intent == "consult" else pool)
         if first is None:
             return None
         needs: tuple[Need, ...] = (first,)
@@ -194,10 +211,11 @@ class _Draw:
             errors_allowed=c.errors_allowed,
         )
 
-    def need(self, row: int) -> Need | None:
+    def need(self, row: int, pool: Container[int]) -> Need | None:
         """Wishes that are true of this row, if enough items match at first and few enough in the end."""
         wishes = {name: wish for name in self.catalogue.columns if (wish := self.catalogue.columns[name].wish(row))}
-        open_slots = [n for n in self.catalogue.schema(self.catalogue.category(row)) if n in wishes]
+        named = ["category"] if self.relaxed == 2 else []
+        open_slots = [n for n in (*named, *self.catalogue.schema(self.catalogue.category(row))) if n in wishes]
         best = self.superlative(open_slots)
         open_slots = [n for n in open_slots if n != best]
         hidden = self.hide(open_slots, len(open_slots))
@@ -213,7 +231,7 @@ class _Draw:
             hints=tuple(hidden[:1]) if self.intent == "fuzzy" else (),
             best=best,
         )
-        return self.named(need, row) if self.intent == "compare" else self.accepted(need)
+        return self.named(need, row) if self.intent == "compare" else self.accepted(need, pool)
 
     def hide(self, slots: list[str], most: int) -> list[str]:
         """Hidden slots, brand and price three times as likely as others (so that it pays to know what to ask)."""
@@ -234,11 +252,15 @@ class _Draw:
         numeric = [n for n in slots if n in self.catalogue.numbers]
         return self.g.choice(numeric) if self.intent == "consult" and numeric else ""
 
-    def accepted(self, need: Need) -> Need | None:
-        """The acceptance rule; the target of a superlative must be the best itself."""
+    def accepted(self, need: Need, pool: Container[int]) -> Need | None:
+        """The acceptance rule; the target of a superlative is the best itself, if it belongs to the split."""
         matching, feasible = visible_rows(self.catalogue, need), feasible_rows(self.catalogue, need, need.hidden)
-        fits = len(matching) >= MIN_VISIBLE and 1 <= len(feasible) <= len(matching) / 4
-        return need if fits and self.catalogue.row_of[need.target] in feasible else None
+        if len(matching) < MIN_VISIBLE or not 1 <= len(feasible) <= len(matching) / 4:
+            return None
+        if not need.best:
+            return need
+        target = next((r for r in feasible.tolist() if r in pool), None)
+        return None if target is None else msgspec.structs.replace(need, target=self.catalogue.ids[target])
 
     def named(self, need: Need, row: int) -> Need | None:
         """Compare: the target and three others that match what is said, of which only the target matches everything."""
@@ -257,7 +279,7 @@ class _Draw:
         for _ in range(8):
             row = int(self.g.choice(rows))
             if self.catalogue.category(row) != first.category or not first.category:
-                need = self.need(row)
+                need = self.need(row, rows)
                 if need is not None and need.target != first.target:
                     return need
         return None

@@ -15,7 +15,7 @@ import msgspec
 
 from agentgym.seeding import share
 from agentgym_envs.shopping.catalogue import Catalogue, Constraint, words
-from agentgym_envs.shopping.tasks import Brief, Need
+from agentgym_envs.shopping.tasks import Brief
 
 ActKind = Literal["INFORM", "NO_PREF", "VAGUE", "REJECT", "ACCEPT", "UNSURE", "CHANGE", "LEAVE", "LISTEN"]
 ANSWERS_PER_TURN = 2
@@ -176,8 +176,7 @@ def _named(sentence: list[str], names: Mapping[str, str]) -> Iterator[str]:
                 break
 
 
-def need_of(mind: Mind, catalogue: Catalogue, needs: Sequence[Need], row: int) -> int:
-    """Which need an item is probably meant for: the one whose told wishes it meets best, the first of equals."""
-    known = [mind.known(i) for i in range(len(needs))]
-    shares = [sum(catalogue.satisfies(row, w) for w in wishes) / (len(wishes) or 1) for wishes in known]
+def need_of(mind: Mind, catalogue: Catalogue, row: int) -> int:
+    """Which need the user takes an item for: the one whose wishes it meets best, the first of equals."""
+    shares = [sum(catalogue.satisfies(row, w) for w in wishes) / (len(wishes) or 1) for wishes in mind.wishes]
     return shares.index(max(shares))
