@@ -39,7 +39,7 @@ def test_a_sound_environment_passes_every_check():
 
 @pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
 def test_each_defect_fails_its_check_and_no_other(kind):
-    seconds = 1.0 if kind is BlocksOnGarbage else 10.0
+    seconds = 1.0 if kind is BlocksOnGarbage else 60.0  # a loaded machine needs patience
     report = check_env(kind(), **{**QUICK, "seconds": seconds}, processes=kind is HashOrder)
     assert failed(report) == [kind.expected], str(report)
     assert report.exit_code == 1
