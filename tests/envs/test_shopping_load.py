@@ -241,5 +241,5 @@ def test_a_foreign_catalogue_carries_every_intent_in_every_split(kind: str, tmp_
 def test_a_catalogue_too_poor_for_a_task_says_so(tmp_path: Path) -> None:
     path = delimited(tmp_path / "tiny.csv", rows(3))
     env = make("shopping-v0", catalogue=path)
-    with pytest.raises(DataError, match=r"too small|no task of intent"):
+    with pytest.raises(DataError, match=r"no task of single.*on 3 products"):
         list(islice(env.tasks("train", 0), 5))
