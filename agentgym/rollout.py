@@ -60,6 +60,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     `turn_seconds` bounds a reset, and an act with the step that follows; `episode_seconds` one attempt at an episode.
     Both end in a failure of kind "timeout" and are enforced to about a twentieth of the shorter one (10 to 250 ms).
+    Seconds in which the event loop itself was held (a learner's step between two trajectories) do not count.
     `max_turns` counts steps of the environment (agents that act at once take one); the episode is then truncated.
     """
 
@@ -348,10 +349,16 @@ class _Run:
             self.slots.discard(slot)
 
     async def _watch(self) -> None:
+        """Cancel what is past its deadline. Time in which somebody held the whole loop counts for nobody."""
         interval = self.runner.limits.scan
         while True:
+            began = perf_counter()
             await asyncio.sleep(interval)
             now = perf_counter()
+            held = now - began - interval
+            for slot in self.slots if held > interval else ():
+                slot.deadline += held
+                slot.episode_deadline += held
             for slot in [s for s in self.slots if s.deadline < now]:
                 slot.expire()
 

@@ -236,6 +236,19 @@ async def test_an_episode_deadline_is_for_all_turns_together() -> None:
     assert 2 <= len(found.turns) == found.failure.step <= 10
 
 
+async def test_a_held_loop_is_nobodys_timeout() -> None:
+    async def slow(observation: Observation) -> Action:
+        await asyncio.sleep(0.05)
+        return Action()
+
+    env = CountingEnv(turns=4)
+    runner = Runner(env, acting(slow), concurrency=4, limits=Limits(turn_seconds=0.15, episode_seconds=0.6), retries=0)
+    async with aclosing(runner.run(first(env, 8))) as stream:
+        async for _ in stream:
+            time.sleep(0.2)  # noqa: ASYNC251 - a learner that trains on the loop
+    assert runner.counts == {"terminated": 8}
+
+
 async def test_a_failed_member_stays_in_its_group() -> None:
     env = CountingEnv(turns=1)
 
