@@ -18,8 +18,8 @@ from agentgym.errors import ModelError
 from agentgym.modeling.attention import NO_MASK, PackedLayout, prepare
 from agentgym.types import Batch
 
-CHUNK = 1024
-"""Rows of logits that exist at once."""
+LOGITS = 2**24
+"""Logits that exist at once: 64 MB in float32."""
 
 
 class Head(NamedTuple):
@@ -62,12 +62,16 @@ def chunked_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = True,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [n, hidden], targets [n] -> log-probs [n] and entropies [n] (nats; zeros unless `entropy`), float32."""
+    """hidden [n, hidden], targets [n] -> log-probs [n] and entropies [n] (nats; zeros unless `entropy`), float32.
+
+    `chunk` rows at a time (by default as many as `LOGITS` allows); what fits into one chunk is not computed twice.
+    """
+    rows = chunk or max(LOGITS // head.weight.shape[0], 1)
     pieces = []
-    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        if torch.is_grad_enabled():
+    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+        if torch.is_grad_enabled() and len(targets) > rows:
             pieces.append(checkpoint(_chunk, h, t, head, temperature, entropy, use_reentrant=False))
         else:
             pieces.append(_chunk(h, t, head, temperature, entropy))
@@ -110,7 +114,7 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = True,
     masked_only: bool = False,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each token given its prefix, and the entropy of the distribution it came from; both [N], float32.
 

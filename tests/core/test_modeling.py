@@ -70,14 +70,15 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("chunk", [16, None])
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_equals_sequence_by_sequence_with_gradients(name: str) -> None:
+def test_packed_equals_sequence_by_sequence_with_gradients(name: str, chunk: int | None) -> None:
     model = MODELS[name]()
     batch = pack(LENGTHS, 50)
     weights = torch.randn(len(batch.ids), 2)
     grads = []
     values = []
-    for compute in (lambda: logprobs.token_logprobs(model, batch, chunk=16), lambda: one_by_one(model, batch)):
+    for compute in (lambda: logprobs.token_logprobs(model, batch, chunk=chunk), lambda: one_by_one(model, batch)):
         model.zero_grad()
         found = torch.stack(compute(), -1)
         (found * weights).sum().backward()

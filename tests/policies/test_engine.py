@@ -388,6 +388,8 @@ def test_prompts_longer_than_a_pass_are_prefilled_in_parts(monkeypatch: pytest.M
 
 
 def test_it_passes_the_suite_of_policies() -> None:
-    report = check_policy(engine(max_length=2048, deterministic=True), CountingEnv(), episodes=2)
+    report = check_policy(
+        engine(max_length=2048, deterministic=True, sampling=Sampling(max_tokens=3)), CountingEnv(), episodes=2
+    )
     report.raise_for_failures()
     assert {check.status for check in report.checks} == {"passed"}

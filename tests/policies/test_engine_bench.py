@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 from agentgym import registry
 from agentgym.errors import ConfigError, UnknownName
+from agentgym.modeling import build
+from agentgym.modeling.renderer import Conversation, Renderer
+from agentgym.modeling.tokenizer import closed_vocabulary
+from agentgym.types import Sampling
 from agentgym_policies import bench
 
 
@@ -23,6 +28,31 @@ def test_every_contestant_samples_the_schedule(tmp_path: Path) -> None:
     assert all(row["ratio"] > 0 for row in rows)
     assert "| generate + cache |" in out.read_text(encoding="utf-8")
     assert registry.load("engine", "benches") == bench.engine
+
+
+def test_the_contestants_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise, `generate` with and without a cache and the engine say the same in every turn."""
+    tokenizer = closed_vocabulary(f"w{i}" for i in range(bench.WORDS))
+    model = build.tiny(len(tokenizer), hidden=32, layers=2, init=0.3)
+    plan, said = bench.Schedule(4, 3, "drawn", 0), []
+    sample = model.generate
+    monkeypatch.setattr(model, "generate", lambda **options: sample(**{**options, "do_sample": False, "top_k": None}))
+    monkeypatch.setattr(bench, "Sampling", partial(Sampling, temperature=0.0))
+    for play in bench.CONTESTANTS.values():
+        renderer = bench.Endless(tokenizer)
+        conversations: list[Conversation] = []
+        monkeypatch.setattr(renderer, "conversation", lambda r=renderer, kept=conversations: _kept(r, kept))
+        play(model, renderer, plan)
+        said.append([c.ids for c in conversations])
+    ours, whole, cached = said
+    assert ours == whole
+    assert [ids[: len(kept)] for ids, kept in zip(ours, cached, strict=True)] == cached  # its last end mark is pending
+    assert min(map(len, ours)) > plan.replies.sum(1).min()
+
+
+def _kept(renderer: Renderer, kept: list[Conversation]) -> Conversation:
+    kept.append(Conversation(renderer))
+    return kept[-1]
 
 
 def test_the_schedule_is_fixed_by_its_seed() -> None:
