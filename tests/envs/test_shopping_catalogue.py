@@ -12,7 +12,8 @@ import pytest
 
 from agentgym_envs.shopping.catalogue import Catalogue, Choice, Constraint, Number, Slot, choice, number, words
 from agentgym_envs.shopping.search import K1, B, Index
-from agentgym_envs.shopping.synthetic import DEPARTMENTS, split_of, synthetic
+from agentgym_envs.shopping.synthetic import DEPARTMENTS, synthetic
+from agentgym_envs.shopping.tasks import split_of
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,7 @@ from agentgym_envs.shopping.user import Act
 
 MAX_WORDS = 120
 MAX_SLOTS = 30
+"""Slots that one observation lists."""
 HANDLES = tuple(f"r{i}" for i in range(1, 6))
 CART = tuple(f"c{i}" for i in range(1, 6))
 COUNTS = tuple(str(i) for i in range(21))
@@ -76,7 +77,7 @@ class Lexicon:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
-        self.slots = tuple(catalogue.columns)[:MAX_SLOTS]
+        self.slots = tuple(catalogue.columns)
         self.value_words = {n: _value_words(c) for n in self.slots if isinstance(c := catalogue.columns[n], Choice)}
         self.values = {n: {word: value for value, word in words.items()} for n, words in self.value_words.items()}
 
@@ -182,12 +183,14 @@ class Compact:
                 count = str(total) if total < len(COUNTS) else "many"
                 return f"found {count}" + (f" : {self._rows(rows, HANDLES)}" if rows else "")
             case Viewed(row=row):
-                return f"item {self._handle(desk, row)} {self.lexicon.fields(row, self.lexicon.slots, ' ; ')}"
+                return (
+                    f"item {self._handle(desk, row)} {self.lexicon.fields(row, self.lexicon.slots[:MAX_SLOTS], ' ; ')}"
+                )
             case Compared(rows=rows, slots=slots):
                 shown = slots or desk.catalogue.schema(desk.catalogue.category(rows[0]))[:4]
                 return f"table {self._rows(rows, [self._handle(desk, row) for row in rows], shown)}"
             case Attributes(slots=slots):
-                return f"slots {' '.join(s for s in slots if s in self.lexicon.slots) or 'none'}"
+                return f"slots {' '.join(slots[:MAX_SLOTS]) or 'none'}"
             case Cart():
                 return self._cart(desk, event)
             case Spoken(acts=acts):

@@ -16,6 +16,7 @@ from agentgym.errors import DataError
 
 DELIMITERS = (",", ";", "\t", "|", "#", "~", "^")
 _NAMES = {"\t": "'\\t' (tab)"}
+TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".psv", ".dat")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _FIELD_LIMIT = 1 << 24
 
@@ -42,8 +43,9 @@ def _text(path: Path, encoding: str) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*") if p.is_file())[:5] if path.parent.is_dir() else []
-        there = f"; {path.parent} holds: {', '.join(near)}" if near else ""
+        found = path.parent.glob("*") if path.parent.is_dir() else ()
+        near = sorted(p.name for p in found if p.suffix.lower() in (*JSON_SUFFIXES, *TEXT_SUFFIXES))[:5]
+        there = f"; {path.parent} holds: {', '.join(near)}" if near else f"; {path.parent} holds no such files"
         raise DataError(f"no catalogue file {str(path)!r}{there}") from None
     except OSError as error:
         raise DataError(f"the catalogue {str(path)!r} cannot be read: {error.strerror}") from None

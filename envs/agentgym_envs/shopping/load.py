@@ -37,6 +37,7 @@ _LOW_IS_BETTER = {
     "noise", "consumption", "latency", "age", "sugar", "salt", "calories", "rank",
 }  # fmt: skip
 _GONE = {"0", "no", "false", "out of stock", "out_of_stock", "outofstock", "unavailable", "sold out", "none"}
+_GRAMMAR = ("item", "sort", "page", "because", "best", "any", "vague")
 MAX_CHOICES = 400
 MAX_WORD = 40
 MAX_SLOTS = 16
@@ -292,6 +293,6 @@ def _slug(label: str) -> str:
 
 
 def _free(name: str, taken: Collection[str]) -> str:
-    """The name, or the name with a number where it is taken or means a role already."""
-    used = {*taken, *ROLES}
+    """The name, or the name with a number where it is taken, a role, or a word of the compact grammar."""
+    used = {*taken, *ROLES, *_GRAMMAR}
     return next(n for n in (name, *(f"{name}_{i}" for i in range(2, 10_000))) if n not in used)

@@ -14,7 +14,7 @@ from random import Random
 import msgspec
 import numpy as np
 
-from agentgym.seeding import rng, share
+from agentgym.seeding import rng
 from agentgym_envs.shopping.catalogue import Catalogue, Column, Slot, choice, number
 
 COLORS = ("black", "white", "red", "blue", "green", "grey", "yellow", "brown")
@@ -158,9 +158,3 @@ def _assemble(items: list[_Item], buckets: int) -> Catalogue:
         columns={name: c for name, c in columns.items() if c.present.any()},
         currency="eur",
     )
-
-
-def split_of(model: str) -> str:
-    """train, val or test (70 / 10 / 20) by the hash of the model: no seed moves a product to another split."""
-    at = share("split", model)
-    return "train" if at < 0.7 else "val" if at < 0.8 else "test"
