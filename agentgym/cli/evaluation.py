@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -24,8 +25,10 @@ def run_eval(options: Namespace) -> int:
     settings = settings_of(options, "env", "policy", "sampling")
     trained = policies.trained_with(options.policy)
     env = make(options.id, presets.merge(_own(trained, "env", options.id), settings["env"]))
-    policy = policies.resolve(env, options.policy, settings["policy"])
-    with Bar(f"eval {options.id}", options.episodes * options.attempts) as bar:
+    policy = policies.resolve(env, options.policy, {**policies.rendering(trained), **settings["policy"]})
+    with ExitStack() as stack:
+        stack.callback(getattr(policy, "close", lambda: None))
+        bar = stack.enter_context(Bar(f"eval {options.id}", options.episodes * options.attempts))
         found = asyncio.run(
             evaluate(
                 env,

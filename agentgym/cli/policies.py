@@ -93,3 +93,9 @@ def trained_with(name: str) -> presets.Table:
         if (folder / RUN_MARK).is_file():
             return tomllib.loads((folder / RUN_MARK).read_text(encoding="utf-8"))
     return {}
+
+
+def rendering(trained: Mapping[str, Any]) -> presets.Table:
+    """How the run rendered conversations: its model is to read the same ids again."""
+    model = trained.get("model", {})
+    return {name: model[name] for name in ("history", "template") if model.get(name)}
