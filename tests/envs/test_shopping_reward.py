@@ -46,6 +46,13 @@ def test_the_declaration_is_the_formula(v: Verdict) -> None:
     assert composed.base + sum(composed.shares) == pytest.approx(composed.value, rel=1e-9)
 
 
+def test_an_episode_cut_off_from_outside_is_worth_nothing() -> None:
+    composed = composer(HRM).compose(
+        [RewardTerm(name="phi.before", value=0.1), RewardTerm(name="phi.after", value=0.2)]
+    )
+    assert (composed.value, composed.base, sum(composed.shares)) == (0.0, 0.0, 0.0)
+
+
 @given(verdicts, st.sampled_from(Verdict.__struct_fields__), unit)
 def test_raising_any_component_never_lowers_the_reward(v: Verdict, name: str, to: float) -> None:
     better = max(getattr(v, name), 1.0 if name in ("valid", "finished", "hard") else to)

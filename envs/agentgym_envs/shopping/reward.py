@@ -6,6 +6,7 @@
     R = 0.50 + 0.35 q + 0.15 e [q >= 0.5]
                        all hold; q = 0.6 utility + 0.4 evidence, e = efficiency
 
+An episode cut off from outside has no quantities: it counts as one without a recommendation.
 The levels are disjoint ranges, so nothing of a higher level can be bought with a lower one. The environment emits the
 quantities; `HRM` is the default declaration that composes them, `hrm` the same in plain arithmetic.
 """
@@ -25,9 +26,9 @@ from agentgym_envs.shopping.desk import Close, Desk, Outcome
 from agentgym_envs.shopping.requests import Reason
 
 HRM: dict[str, Any] = {
-    "op": "gate", "when": "valid", "at_least": 1.0, "otherwise": -1.0,
+    "op": "gate", "when": {"op": "term", "name": "valid", "default": 1.0}, "at_least": 1.0, "otherwise": -1.0,
     "then": {
-        "op": "gate", "when": "finished", "at_least": 1.0, "otherwise": 0.0,
+        "op": "gate", "when": {"op": "term", "name": "finished", "default": 0.0}, "at_least": 1.0, "otherwise": 0.0,
         "then": {
             "op": "gate", "when": "hard", "at_least": 1.0,
             "otherwise": {"op": "power", "of": "share", "exponent": 2, "scale": 0.3},
