@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agentgym.errors import unknown
 from agentgym.seeding import digest
 
 Rows = NDArray[np.int64]
@@ -274,6 +275,14 @@ class Catalogue:
             rows = self.rows_of(category)
             self._schemas[category] = tuple(n for n, c in self.columns.items() if c.distinct(rows) > 1)
         return self._schemas[category]
+
+    def keep(self, slots: Sequence[str]) -> Catalogue:
+        """The same items with these slots alone (and the category): what nobody can ask for, search or wish."""
+        for name in slots:
+            if name not in self.columns:
+                raise unknown("slot of this catalogue", name, self.columns)
+        columns = {n: c for n, c in self.columns.items() if n in slots or n == "category"}
+        return replace(self, columns=columns, _masks={})
 
     def product(self, row: int) -> Product:
         """One row, read out; unknown values are left out."""

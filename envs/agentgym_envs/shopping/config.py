@@ -18,6 +18,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     surface         "full": JSON tools and natural text; "compact": a closed vocabulary for small models
     catalogue       a csv or JSONL file; empty = the synthetic catalogue of `size` items from `seed`
     delimiter, columns, encoding, quote    how to read the file (see `load.read`); empty = found out
+    slots           the slots that exist besides the category; empty = all the catalogue has
     buckets         quantile edges per number slot
     intents         what users come for, drawn uniformly among those that catalogue and time can carry (a bundle needs
                     prices and eight turns, consult a number column)
@@ -41,6 +42,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     quote: str = '"'
     size: int = 1000
     seed: int = 0
+    slots: tuple[str, ...] = ()
     buckets: int = 12
     intents: tuple[Intent, ...] = INTENTS
     hidden: tuple[int, int] = (2, 3)

@@ -34,7 +34,7 @@ class World:
     def __init__(self, options: Config, catalogue: Catalogue | None = None, index: SearchBackend | None = None) -> None:
         self.options = options
         self.catalogue = catalogue or _catalogue(options)
-        self.index: SearchBackend = index or Index(self.catalogue)
+        self.index: SearchBackend = index or Index(self.catalogue, text=options.surface == "full")
         self.lexicon = Lexicon(self.catalogue)
         self.maker = tasks.Maker(self.catalogue, options)
 
@@ -47,8 +47,11 @@ class World:
 
 
 def _catalogue(options: Config) -> Catalogue:
-    if not options.catalogue:
-        return synthetic(options.size, options.seed, options.buckets)
+    whole = _read(options) if options.catalogue else synthetic(options.size, options.seed, options.buckets)
+    return whole.keep(options.slots) if options.slots else whole
+
+
+def _read(options: Config) -> Catalogue:
     return read(
         options.catalogue,
         delimiter=options.delimiter,
