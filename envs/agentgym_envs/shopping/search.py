@@ -46,11 +46,11 @@ class SearchBackend(Protocol):
 
 
 class Index:
-    """The numpy index. Built once per process, read-only afterwards; the text side is built on first use."""
+    """The numpy index. Built once per process, read-only afterwards; the text side now (`text`) or on first use."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, text: bool = False) -> None:
         self.catalogue = catalogue
-        self._postings: dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]] | None = None
+        self._postings = _build(_documents(catalogue)) if text else None
 
     @property
     def postings(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]:
