@@ -138,6 +138,22 @@ def test_state_goes_on_where_it_was() -> None:
     assert (second.steps, second.updates) == (4, 2)
 
 
+def test_half_precision_moves_by_steps_below_its_rounding() -> None:
+    half = Bare()
+    half.model.to(torch.bfloat16)
+    start = weights(Learner(half, IMITATION, Optim(), total_steps=1)).clone()
+    learner = Learner(half, IMITATION, Optim(lr=1e-5, warmup=0, decay=0.0), total_steps=60)
+    ones = [np.ones(len(t.turns)) for t in EPISODES]
+    for _ in range(60):
+        learner.update(EPISODES, ones)
+    moved = torch.cat([m.detach().flatten() for m in learner.masters]) - start.float()
+    assert moved.abs().median() > 3e-4
+    tensors, plain = learner.state()
+    again = Learner(half, IMITATION, Optim(), total_steps=60)
+    again.restore(tensors, plain)
+    assert all(torch.equal(a, b) for a, b in zip(again.masters, learner.masters, strict=True))
+
+
 def test_proximal_policy_stays_fixed_over_epochs() -> None:
     """With proximal = "learner" the first pass has ratio one whatever the sampler said; with "sampler" it has not."""
     found = {}

@@ -86,6 +86,10 @@ IMITATION = Objective(ratio="none", gate=Gate(kind="none"))
 """Supervised learning is REINFORCE with advantage one: the gradient is that of the mean log-likelihood."""
 
 
+MASTER = "master"
+"""Names float32 masters among the tensors of a learner's state."""
+
+
 @dataclass(frozen=True)
 class _Micro:
     """A micro-batch with the log-probs that stay fixed during an update, [N] each, or None where not needed."""
@@ -97,6 +101,8 @@ class _Micro:
 
 class Learner:
     """Owns the optimiser; shares the parameters with whoever gave the `Trainable`.
+
+    Parameters of half precision get float32 masters: a step of 1e-6 would vanish in the rounding of bfloat16.
 
     `total_steps` is the length of the learning-rate schedule in optimiser steps. `temperature` is the sampler's, so
     that both speak of the same distribution. `reference` is a frozen module, needed for a KL regulariser.
@@ -121,8 +127,9 @@ class Learner:
         self.steps = 0
         self.updates = 0
         self.parameters = [p for p in trainable.module().parameters() if p.requires_grad]
+        self.masters = [_master(p) for p in self.parameters]
         self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+            self.masters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
         )
 
     # --- one update, one step ---
@@ -211,7 +218,13 @@ class Learner:
             )
         for group in self.optimiser.param_groups:
             group["lr"] = self.optim.rate(self.steps, self.total_steps)
+        pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        for p, m in pairs:
+            m.grad = None if p.grad is None else p.grad.float()
         self.optimiser.step()
+        with torch.no_grad():
+            for p, m in pairs:
+                p.copy_(m)
         self.steps += 1
         return norm
 
@@ -224,17 +237,29 @@ class Learner:
             for index, held in self.optimiser.state_dict()["state"].items()
             for name, value in held.items()
         }
-        return tensors, {"steps": self.steps, "updates": self.updates}
+        pairs = zip(self.parameters, self.masters, strict=True)
+        masters = {f"{i}.{MASTER}": m.detach() for i, (p, m) in enumerate(pairs) if p is not m}
+        return tensors | masters, {"steps": self.steps, "updates": self.updates}
 
     def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """The inverse of `state`, on a learner made in the same way."""
         held: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             index, _, name = key.partition(".")
-            held.setdefault(int(index), {})[name] = value
+            if name == MASTER:
+                self.masters[int(index)].data.copy_(value)
+            else:
+                held.setdefault(int(index), {})[name] = value
         state = self.optimiser.state_dict()
         self.optimiser.load_state_dict({"state": held, "param_groups": state["param_groups"]})
         self.steps, self.updates = int(plain["steps"]), int(plain["updates"])
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    """What the optimiser moves: the parameter, or a float32 copy of one in half precision."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    return parameter.detach().float().clone().requires_grad_()
 
 
 def _mean(figures: Sequence[dict[str, float]]) -> dict[str, float]:

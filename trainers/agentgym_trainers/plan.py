@@ -89,7 +89,7 @@ def _words(config: Config) -> int:
 
 
 def _memory(config: Config, shape: dict[str, float]) -> dict[str, float]:
-    """Bytes. The optimiser's two moments are of the weights' kind."""
+    """Bytes. Half precision brings float32 masters and their gradients with the optimiser's two moments."""
     size = 4 if config.model.dtype == "float32" else 2
     count, r = shape["parameters"], config.rollout
     rows = max(o.micro_tokens for o in (config.optim, config.sft.optim))
@@ -97,7 +97,7 @@ def _memory(config: Config, shape: dict[str, float]) -> dict[str, float]:
         "process": BASE,
         "weights": size * count,
         "gradients": size * count,
-        "optimiser": 2 * size * count,
+        "optimiser": (8 if size == 4 else 16) * count,
         "cache": 2 * size * r.slots * (r.max_length or 1024) * shape["layers"] * shape["kv"],
         "activations": size * rows * shape["hidden"] * shape["layers"] * 24,
         "logits": 4 * min(rows, 1024) * shape["vocabulary"] * 3,
