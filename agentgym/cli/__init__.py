@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any
 
 from agentgym.errors import AgentGymError
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _warn
+    _say_anything()
     try:
         options = parser(words).parse_args(words)
     except AgentGymError as error:
@@ -39,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("agentgym: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _say_anything() -> None:
+    """Observations may hold what a terminal's encoding has not: it is shown escaped, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _complain(error: Exception) -> int:

@@ -20,9 +20,16 @@ PATIENCE = 2.0
 """Seconds of work before a progress bar appears, and between lines where there is no terminal to draw one on."""
 
 
+class _Out(Console):
+    """Standard output; a reader that leaves is for `main` to handle, not for rich."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 @functools.cache
 def out() -> Console:
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return _Out(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def err() -> Console:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -165,6 +166,24 @@ def test_start_up_imports_neither_torch_nor_numpy() -> None:
     code = "import sys; from agentgym.cli.arguments import parser; parser(['list']); print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
     assert not {"numpy", "torch", "asyncio", "rich"} & set(found.split())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a pipe that is closed early is another error there")
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    code = "import sys; from agentgym.cli import main; sys.exit(main(['completion', 'bash']))"
+    done = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.stdout is not None
+    done.stdout.close()
+    _, err = done.communicate(timeout=60)
+    assert "Traceback" not in err
+
+
+def test_a_terminal_that_cannot_spell_it_ends_nothing() -> None:
+    code = "import sys; from agentgym.cli import main; sys.exit(main(['lst\u2192']))"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "\\u2192" in done.stderr
 
 
 # --- asked wrongly ----------------------------------------------------------------------------------------------
