@@ -52,6 +52,15 @@ async def test_the_ladder_is_in_order_on_a_foreign_catalogue(kind: str, tmp_path
     assert found["ask_all"] >= found["ask_one"] > found["never_ask"]
 
 
+async def test_a_shop_can_be_narrowed_to_the_slots_that_matter() -> None:
+    env = ShoppingEnv(surface="compact", slots=("brand", "rating"))
+    assert set(env.catalogue.columns) == {"category", "brand", "rating"}
+    assert len(env.vocabulary()) < 140
+    found = await success(env, 30)
+    assert found["oracle"] == 1.0
+    assert found["ask_all"] > found["never_ask"]
+
+
 async def test_the_teacher_mostly_does_not_ask_and_varies_within_a_group() -> None:
     env = ShoppingEnv(surface="compact", intents=("single",), max_turns=6)
     tasks = list(islice(env.tasks("train", 0), 60))
@@ -118,6 +127,7 @@ async def test_an_episode_must_have_begun_and_not_have_ended() -> None:
     [
         ({"surfce": "compact"}, "did you mean 'surface'"),
         ({"surface": "tiny"}, "tiny"),
+        ({"slots": ("brand", "prise")}, "did you mean 'price'"),
         ({"vague": 2.0}, r"vague = 2\.0 is outside"),
         ({"hidden": (3, 2)}, "fewest <= most"),
         ({"hidden": (0, 2)}, "fewest <= most"),

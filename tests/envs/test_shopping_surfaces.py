@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentgym.types import AGENT, Action, Episode, Observation, ToolCall
-from agentgym_envs.shopping.compact import MAX_WORDS, Compact, Lexicon, slug
+from agentgym_envs.shopping.compact import Compact
 from agentgym_envs.shopping.config import config
 from agentgym_envs.shopping.env import ShoppingEnv, World, world
 from agentgym_envs.shopping.full import Full
+from agentgym_envs.shopping.lexicon import MAX_WORDS, Lexicon, slug
 from agentgym_envs.shopping.load import read
 from agentgym_envs.shopping.requests import Ask, Malformed, Recommend, Request, Say, Search
 from agentgym_envs.shopping.tools import TOOLS, schemas

@@ -17,10 +17,11 @@ from agentgym.seeding import key
 from agentgym.types import Action, Episode, Observation, StepResult, Task
 from agentgym_envs.shopping import ladder, tasks
 from agentgym_envs.shopping.catalogue import Catalogue
-from agentgym_envs.shopping.compact import Compact, Lexicon
+from agentgym_envs.shopping.compact import Compact
 from agentgym_envs.shopping.config import Config, config
 from agentgym_envs.shopping.desk import Desk
 from agentgym_envs.shopping.full import Full
+from agentgym_envs.shopping.lexicon import Lexicon
 from agentgym_envs.shopping.load import read
 from agentgym_envs.shopping.reward import HRM, Verdict, hrm, judge, terms
 from agentgym_envs.shopping.search import Index, SearchBackend
