@@ -25,7 +25,7 @@ import msgspec
 
 from agentgym.errors import ModelError
 from agentgym.modeling.templates import CHATML
-from agentgym.types import Message, ToolCall
+from agentgym.types import Image, Message, ToolCall
 
 History = Literal["append", "branch", "refuse"]
 Tools = Sequence[dict[str, Any]]
@@ -74,7 +74,9 @@ def _read_call(text: str, id: str) -> ToolCall | None:
 
 
 def as_dict(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it."""
+    """A message as chat templates expect it; `ModelError` for an image, which text alone cannot carry."""
+    if not isinstance(message.content, str) and any(isinstance(part, Image) for part in message.content):
+        raise ModelError("this renderer speaks text and got an image; describe it, or use a model that sees")
     found: dict[str, Any] = {"role": message.role, "content": message.text}
     if message.name:
         found["name"] = message.name

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from agentgym.errors import ModelError
-from agentgym.modeling.renderer import Renderer, parse
+from agentgym.modeling.renderer import Renderer, as_dict, parse
 from agentgym.modeling.tokenizer import closed_vocabulary, train_bpe
-from agentgym.types import Message, ToolCall
+from agentgym.types import Image, MediaRef, Message, Text, ToolCall
 
 QWEN3_LIKE = r"""
 {%- if tools %}{{- '<|im_start|>system\nTools: ' }}{{- tools | tojson }}{{- '<|im_end|>\n' }}{%- endif %}
@@ -156,6 +156,13 @@ def test_a_closed_vocabulary_renders_its_words() -> None:
     renderer = Renderer(closed_vocabulary(["red", "shoe", "find"]))
     ids = renderer.start([Message(role="user", content="red shoe")])
     assert renderer.decode(ids) == "<|im_start|> user red shoe <|im_end|> <|im_start|> assistant"
+
+
+def test_an_image_is_refused_and_not_dropped(bpe: Any) -> None:
+    seen = Message(role="user", content=(Text(text="look"), Image(media=MediaRef(hash="abc"))))
+    with pytest.raises(ModelError, match="got an image"):
+        Renderer(bpe).start([seen])
+    assert "look" in Renderer(bpe).extension([as_dict(Message(role="user", content=(Text(text="look"),)))])
 
 
 def test_tool_calls_are_read_and_written() -> None:
