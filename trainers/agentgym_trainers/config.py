@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from agentgym import registry
 from agentgym.advantages import Term
+from agentgym.env import Environment
 from agentgym.errors import AgentGymError, ConfigError, unknown
 from agentgym.presets import merge, parse_settings, read_preset, read_toml
 from agentgym.rewards import check_gamma, composer
@@ -27,8 +29,9 @@ from agentgym_trainers.objective import Gate, Objective, Struct
 
 
 class RunConfig(Struct, frozen=True, kw_only=True):
-    """algorithm         "policy_gradient", or "best_of_n": imitate the best member of each group (the baseline that
-                         tells reinforcement from more imitation)
+    """algorithm         "policy_gradient", or one of the baselines that tell reinforcement from more imitation:
+                         "best_of_n" imitates the best member of each group, all sampled from the warm start;
+                         "expert_iteration" does the same with groups sampled from the policy as it learns
     steps             updates after the warm start
     deterministic     bit-identical weights on one machine and set of versions; slower
     threads           of torch; 0 = leave as it is
@@ -36,7 +39,7 @@ class RunConfig(Struct, frozen=True, kw_only=True):
     """
 
     seed: int = 0
-    algorithm: Literal["policy_gradient", "best_of_n"] = "policy_gradient"
+    algorithm: Literal["policy_gradient", "best_of_n", "expert_iteration"] = "policy_gradient"
     steps: int = 60
     deterministic: bool = False
     threads: int = 0
@@ -124,7 +127,9 @@ class EvalConfig(Struct, frozen=True, kw_only=True):
 
 class Config(Struct, frozen=True, kw_only=True):
     """A run. `env` holds an `id` and the environment's own settings; `reward` a composer declaration, empty for the
-    environment's own; `advantage` the summed terms; `whiten` as in `advantages.advantages`."""
+    environment's own ("environment" inside it stands for that); `advantage` the summed terms; `whiten` as in
+    `advantages.advantages`.
+    """
 
     env: dict[str, Any]
     run: RunConfig = RunConfig()
@@ -162,14 +167,24 @@ def resolve(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (
 
 
 def from_table(table: Mapping[str, Any]) -> Config:
-    """A checked config from plain tables."""
+    """A checked config from plain tables; "environment" inside `reward` becomes the environment's own declaration."""
     _check_keys(table, Config, "")
+    table = {**table, "reward": _filled(table.get("reward", {}), table.get("env", {}))}
     try:
         config = msgspec.convert(table, Config, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{error}".replace(" - at `$.", " (at ").replace("`", ")")) from error
     _check(config)
     return config
+
+
+def _filled(declaration: Any, env: Mapping[str, Any]) -> Any:
+    """The declaration with the environment's own one in place of the word "environment"."""
+    if declaration == "environment":
+        return getattr(registry.load(str(env.get("id"))), "reward", Environment.reward)
+    if isinstance(declaration, Mapping):
+        return {name: _filled(part, env) for name, part in declaration.items()}
+    return [_filled(part, env) for part in declaration] if isinstance(declaration, list | tuple) else declaration
 
 
 def _check_keys(value: Any, kind: Any, path: str) -> None:

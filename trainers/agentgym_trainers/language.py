@@ -63,7 +63,7 @@ def make(config: Config, env: Environment, checkpoint: Path | None = None, texts
         tokens = tokenizer.load(folder)
         model = build.load(folder, device=found.device, dtype=found.dtype)
     renderer = Renderer(tokens, found.history, template=found.template or None)
-    return LanguageModel(model, renderer, _engine(config, model, renderer))
+    return LanguageModel(model, renderer, engine(config, model, renderer))
 
 
 def _tokenizer(config: Config, env: Environment, texts: Iterable[str]) -> Any:
@@ -77,7 +77,7 @@ def _tokenizer(config: Config, env: Environment, texts: Iterable[str]) -> Any:
     return tokenizer.closed_vocabulary(env.vocabulary())
 
 
-def _engine(config: Config, model: Any, renderer: Renderer) -> Any:
+def engine(config: Config, model: Any, renderer: Renderer) -> Any:
     """The catalogue names a way to load a checkpoint; the class behind it takes what is loaded already."""
     target = registry.load(ENGINE, "policies")
     rollout = config.rollout

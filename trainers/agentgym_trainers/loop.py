@@ -235,9 +235,11 @@ class _Training:
 
     async def _reinforce(self) -> None:
         config, run = self.config, self.config.run
-        self.rollouts = Rollouts(config, self.env, self.model.engine)
+        frozen = run.algorithm == "best_of_n"
+        self.player = language.engine(config, self._reference(), self.model.renderer) if frozen else self.model.engine
+        self.rollouts = Rollouts(config, self.env, self.player)
         self.rollouts.cursor.seek(self.state.stage.cursor if self.state.stage else 0)
-        objective = IMITATION if run.algorithm == "best_of_n" else config.objective
+        objective = config.objective if run.algorithm == "policy_gradient" else IMITATION
         learner = self._learner(
             objective,
             config.optim,
@@ -249,14 +251,18 @@ class _Training:
         async def one(step: int) -> Figures:
             return await self._update(learner, step)
 
-        await self._phase("rl", learner, one, run.checkpoint_every)
+        try:
+            await self._phase("rl", learner, one, run.checkpoint_every)
+        finally:
+            if frozen:
+                self.player.close()
 
     # --- one update ---
 
     async def _update(self, learner: Learner, step: int) -> Figures:
         """Play, admit, give credit, learn, publish."""
         started = time.perf_counter()
-        version = self.model.engine.version
+        version = self.player.version
         groups = await self.rollouts.play(step)
         played = time.perf_counter()
         number, everyone = position(self.config, "rl", step + 1), [s for group in groups for s in group]
@@ -276,9 +282,9 @@ class _Training:
         """Credit, then every optimiser step of this update; nothing where nothing was admitted."""
         if not samples:
             return {}
-        if self.config.run.algorithm == "best_of_n":
+        if self.config.run.algorithm != "policy_gradient":
             best = best_of(samples)
-            return learner.update(best, sft.ones(best))
+            return learner.update(best, sft.ones(best)) if best else {}
         held = [(s.trajectory, s.reward) for s in samples]
         values = advantages(held, self.config.advantage, whiten=self.config.whiten)
         return learner.update([s.trajectory for s in samples], values)
