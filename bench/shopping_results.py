@@ -195,9 +195,10 @@ On the same held-out tasks:
 The rewards are our reconstruction of a hierarchical reward (the paper's weights are not public). "Outcome only" learns
 from the strict success alone; "+ turn-level credit" adds the return-to-go of the potential shaping, with a baseline per
 task and state; "+ hierarchical reward" replaces the outcome by the gated reward. Continued imitation trains on the best
-member of each group of eight by the hierarchical reward, where it succeeded, all sampled from the warm start; expert iteration does the
-same with groups sampled from the policy as it learns. All arms sample the same number of episodes and take the same
-number of optimiser steps at the same learning rate; the imitating arms train on an eighth of the episodes.
+member of each group of eight by the hierarchical reward, where it succeeded, all sampled from the warm start; expert
+iteration does the same with groups sampled from the policy as it learns. All arms sample the same number of episodes
+and take the same number of optimiser steps at the same learning rate; the imitating arms train on an eighth of the
+episodes.
 
 A warm start took {mean(warm):.1f} minutes and a cell {mean(minutes):.1f} on one thread, two at once, on
 {platform.machine()}, {platform.system()}, Python {platform.python_version()}, {versions}.
