@@ -67,6 +67,7 @@ class TorchEngine:
         self._batcher = Batcher(store, slots, renderer.end_ids, renderer.decode, exact=deterministic, version=version)
         self._inbox: deque[Callable[[], None]] = deque()
         self._done: list[Job] = []  # touched by the engine thread alone
+        self._gathered: dict[asyncio.AbstractEventLoop, list[Job]] = {}  # touched by each loop for itself
         self._lock = threading.Lock()
         self._pumping = self._closed = False
         self._thread = ThreadPoolExecutor(
@@ -165,10 +166,28 @@ class TorchEngine:
             with contextlib.suppress(RuntimeError):  # the loop has closed, and nobody waits any more
                 loop.call_soon_threadsafe(_settle, jobs)
 
+    def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Hand over together what one pass of the event loop asked for, so that it shares its prefill and its steps."""
+        jobs = self._gathered.pop(loop)
+        try:
+            self._post(lambda: self._submit(jobs))
+        except EngineFault as error:
+            for job in jobs:
+                job.error = error
+            _settle(jobs)
+
+    def _submit(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            self._batcher.submit(job)
+
     async def _sample(self, job: Job) -> Job:
         """Wait for a reply; a cancelled wait cancels the reply."""
-        job.ticket = asyncio.get_running_loop().create_future()
-        self._post(lambda: self._batcher.submit(job))
+        loop = asyncio.get_running_loop()
+        job.ticket = loop.create_future()
+        gathered = self._gathered.setdefault(loop, [])
+        if not gathered:
+            loop.call_soon(self._flush, loop)
+        gathered.append(job)
         try:
             await job.ticket
         except asyncio.CancelledError:
