@@ -57,7 +57,7 @@ class Environment(ABC):
 
     def fork(self) -> Self:
         """An independent copy of the running episode (capability "fork")."""
-        raise NotImplementedError(f"{self.id} does not claim the capability 'fork'")
+        raise ConfigError(f"{self.id} does not claim the capability 'fork'")
 
     def ladder(self) -> dict[str, Policy]:
         """Reference policies from worst to best, among them "random" and "oracle" (capability "ladder")."""
@@ -65,7 +65,7 @@ class Environment(ABC):
 
     def hidden_twin(self, task: Task) -> Task:
         """A task that differs only in what the agent has not been told (capability "hidden_twin")."""
-        raise NotImplementedError(f"{self.id} does not claim the capability 'hidden_twin'")
+        raise ConfigError(f"{self.id} does not claim the capability 'hidden_twin'")
 
 
 class SingleAgentEnv(Environment):

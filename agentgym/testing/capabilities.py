@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 
 from agentgym.env import Environment
+from agentgym.errors import ConfigError
 from agentgym.policy import Policy, Scripted
 from agentgym.rewards import composer
 from agentgym.testing.actions import RandomActions
@@ -193,7 +194,7 @@ async def hidden_twin(subject: Subject) -> str:
     for task in tasks:
         try:
             twin = subject.env.hidden_twin(task)
-        except NotImplementedError as error:
+        except ConfigError as error:
             raise NotClaimed(str(error)) from error
         _differs(task, twin)
         twins += 1
