@@ -131,9 +131,7 @@ class _Training:
     def __init__(self, state: State, progress: Progress) -> None:
         self.state, self.progress = state, progress
         self.config = config = state.config
-        self.env: Environment = registry.make(
-            config.env["id"], **{name: value for name, value in config.env.items() if name != "id"}
-        )
+        self.env: Environment = registry.make(**config.env)
         self.seconds: defaultdict[str, float] = defaultdict(float, state.stage.seconds if state.stage else {})
         self.buffer = Buffer(config.rollout.max_staleness, config.rollout.drop_equal)
         self.buffer.counts.update(state.stage.counts if state.stage else {})

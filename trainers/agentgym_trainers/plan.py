@@ -82,7 +82,7 @@ def _named(count: float, hidden: float, layers: float, kv: float, vocabulary: fl
 
 
 def _words(config: Config) -> int:
-    env = registry.make(config.env["id"], **{k: v for k, v in config.env.items() if k != "id"})
+    env = registry.make(**config.env)
     if not hasattr(env, "vocabulary"):
         raise ConfigError(f"model.tokenizer = 'closed' needs {env.id} to have a vocabulary(); set it to 'bpe'")
     return len(env.vocabulary()) + 14
