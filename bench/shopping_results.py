@@ -30,8 +30,6 @@ PRESET = "shopping/laptop"
 ROOT = Path(__file__).resolve().parents[1]
 PHI: dict[str, Any] = {"op": "potential", "name": "phi", "gamma": 1.0}
 OUTCOME: dict[str, Any] = {"op": "term", "name": "hard", "default": 0.0}
-EPISODE: dict[str, Any] = {"scale": "none"}
-TURN: dict[str, Any] = {"key": ["prompt", "anchor"], "scale": "none", "credit": "return_to_go", "gamma": 1.0}
 METHODS = {
     "imitation": "continued imitation (best of 8)",
     "expert": "expert iteration (best of 8, on policy)",
@@ -43,16 +41,19 @@ T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Student's t, two-sided 95 %, by number of seeds."""
 
 
-def declared(method: str, hrm: dict[str, Any]) -> dict[str, Any]:
-    """The sections in which a method differs from the preset."""
-    shaped = {"op": "weighted_sum", "plus": [hrm if method == "hrm" else OUTCOME, PHI]}
-    return {
-        "imitation": {"run": {"algorithm": "best_of_n"}, "reward": hrm},
-        "expert": {"run": {"algorithm": "expert_iteration"}, "reward": hrm},
-        "outcome": {"reward": OUTCOME, "advantage": [EPISODE]},
-        "turn": {"reward": shaped, "advantage": [EPISODE, TURN]},
-        "hrm": {"reward": shaped, "advantage": [EPISODE, TURN]},
-    }[method]
+def declare(table: dict[str, Any], method: str) -> None:
+    """Write the sections in which a method differs from the preset; its advantages are the preset's, whole or in part.
+
+    They replace what the preset says: two declarations of a reward do not merge.
+    """
+    algorithms = {"imitation": "best_of_n", "expert": "expert_iteration"}
+    table["run"]["algorithm"] = algorithms.get(method, "policy_gradient")
+    if method in algorithms:
+        table["reward"] = {}
+    elif method == "outcome":
+        table["reward"], table["advantage"] = OUTCOME, table["advantage"][:1]
+    elif method == "turn":
+        table["reward"] = {"op": "weighted_sum", "plus": [OUTCOME, PHI]}
 
 
 def table_of(out: Path, method: str, seed: int, quick: list[str]) -> dict[str, Any]:
@@ -64,8 +65,7 @@ def table_of(out: Path, method: str, seed: int, quick: list[str]) -> dict[str, A
         table["run"]["steps"] = 0
         table["eval"]["ladder"] = seed == 0
     else:
-        env = agentgym.make(**table["env"])
-        merge(table, declared(method, dict(env.reward)))
+        declare(table, method)
         table["warmup"]["steps"] = table["sft"]["steps"] = 0
         table["model"]["path"] = str(weights(out / f"warm-{seed}"))
     return merge(table, parse_settings(quick))
