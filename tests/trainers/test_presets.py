@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -11,8 +14,10 @@ from agentgym.env import task_list
 from agentgym.modeling import build
 from agentgym.modeling.tokenizer import train_bpe
 from agentgym.store import load_run
+from agentgym_trainers.config import from_table
 from agentgym_trainers.loop import PolicyGradient
 
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["run.steps=1", "eval.episodes=4", "eval.ladder=false", "rollout.tasks_per_step=2", "rollout.group_size=2"]
 
 
@@ -43,3 +48,40 @@ def test_gpu_runs_a_hub_model_on_the_full_surface(tmp_path: Path) -> None:
     assert summary.last["kl_reference"] == pytest.approx(0.0, abs=1e-2)
     assert summary.after["episodes"] == 4
     assert (Path(load_run(tmp_path / "run").checkpoints[-1].path) / "model" / "model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    """The script that fills docs/results/shopping.md."""
+    spec = importlib.util.spec_from_file_location("shopping_results", ROOT / "bench" / "shopping_results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_arms_differ_from_the_preset_in_what_they_learn_from_alone(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "weights", lambda run: run)
+    preset = PolicyGradient.resolve("shopping/laptop")
+    arms = {m: from_table(results.table_of(Path("out"), m, 0, [])) for m in results.METHODS}
+    assert (arms["hrm"].reward, arms["hrm"].advantage) == (preset.reward, preset.advantage)
+    assert arms["outcome"].reward == {"op": "term", "name": "hard", "default": 0.0}
+    assert arms["outcome"].advantage == preset.advantage[:1]
+    assert arms["turn"].advantage == preset.advantage
+    assert [arms[m].run.algorithm for m in ("imitation", "expert")] == ["best_of_n", "expert_iteration"]
+    assert arms["imitation"].reward == {}
+    for arm in arms.values():
+        assert (arm.env, arm.rollout, arm.optim, arm.sampling) == (
+            preset.env, preset.rollout, preset.optim, preset.sampling,
+        )  # fmt: skip
+        assert arm.warmup.steps == arm.sft.steps == 0
+
+
+def test_intervals_are_students(results: ModuleType) -> None:
+    """Of 10, 20, 30 points: 20 +- 4.303 * 10 / sqrt(3)."""
+    assert results.interval([0.1, 0.2, 0.3]) == "+20.0 [-4.8, +44.8]"
+    found: dict[str, Any] = results.T
+    assert found[5] == 2.776
