@@ -67,10 +67,18 @@ def test_reinforcement_finds_the_arm_that_pays(tmp_path: Path) -> None:
         PolicyGradient.train(config(), tmp_path / "run")
 
 
-def test_imitating_the_best_of_each_group_improves_too(tmp_path: Path) -> None:
-    declared = config(run={"algorithm": "best_of_n", "steps": 8}, warmup={"steps": 0}, eval={"episodes": 60})
+@pytest.mark.parametrize(("algorithm", "versions"), [("best_of_n", 1), ("expert_iteration", 8)])
+def test_imitating_the_best_of_each_group_improves_too(tmp_path: Path, algorithm: str, versions: int) -> None:
+    """Best-of-n samples from the warm start all along, expert iteration from the policy of the moment.
+
+    They learn from a handful of tokens a step, hence the gentle rate.
+    """
+    gentle = {"sft": {"steps": 50}, "optim": {"lr": 5e-3}, "warmup": {"steps": 0}, "eval": {"episodes": 60}}
+    declared = config(run={"algorithm": algorithm, "steps": 8}, **gentle)
     summary = PolicyGradient.train(declared, tmp_path / "run")
     assert summary.after["success"] > summary.before["success"] + 0.2
+    played = load_run(tmp_path / "run").trajectories()
+    assert len({run.version for t in played for _, span in t.spans for run in span.versions}) == versions
 
 
 EXACT: dict[str, Any] = {
