@@ -1,4 +1,4 @@
-"""What the runner costs: `agentgym bench overhead [--json] [--set out=FILE.md]`, two to three minutes.
+"""What the runner costs: `agentgym bench overhead [--json] [--set out=FILE.md]`, five minutes where all is installed.
 
 Three questions, each beside a bare asyncio loop in the same run, so that a loaded machine shifts both:
 
@@ -9,6 +9,8 @@ Three questions, each beside a bare asyncio loop in the same run, so that a load
 The bare loop is `n` coroutines that sleep and pass strings of the same length; it knows no records, environments,
 deadlines or files. Everything else runs with real ones: 30 sampled ids and log-probs a turn, reward terms, both
 deadlines armed, every trajectory appended to a run folder as it ends.
+
+Two more tables stand beside other frameworks that are installed: on text alone, and with the policy behind HTTP.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from itertools import islice
@@ -27,16 +29,16 @@ from typing import Any
 
 import numpy as np
 
+from agentgym.bench.endpoint import ENDPOINT_PEERS
 from agentgym.bench.measure import cost, machine, markdown, spread
-from agentgym.bench.peers import PEERS
+from agentgym.bench.peers import OBSERVATION, PEERS, Peer
+from agentgym.bench.stub import REPLY
 from agentgym.rollout import Limits, Runner, episodes
 from agentgym.store import RunFolder
 from agentgym.testing.fakes import LATENCIES, CountingEnv, SimulatedPolicy
 from agentgym.types import AGENT, Episode
 
 TURNS = 8
-OBSERVATION = "x" * 220
-REPLY = "y" * 110
 INSTANT = ((64, 3000), (256, 3000), (1024, 4000))
 """(episodes at once, episodes) with an instant policy."""
 SCHEDULES = ((256, 0.02, 16), (1024, 0.2, 3))
@@ -48,7 +50,7 @@ def overhead(
 ) -> dict[str, Any]:
     """All tables. `seconds` is how long each loop-lag run lasts; `out` also writes them as Markdown."""
     figures = {
-        "machine": machine(("msgspec", "numpy", *PEERS)),
+        "machine": machine(("msgspec", "numpy", *PEERS, "aiohttp", "verifiers")),
         "reading": "median (lowest - highest) of the repeats; a load above the number of cores slows the wall clock of "
         "every row, the bare ones least, and CPU time by shared caches",
         "settings": {"seed": seed, "repeats": repeats, "turns an episode": TURNS, "tokens a turn": 30},
@@ -57,9 +59,8 @@ def overhead(
         "list schedule": [schedule(n, mean, rounds, repeats, seed) for n, mean, rounds in SCHEDULES],
     }
     if peers:
-        figures["beside others, text only, instant policy"] = [
-            row for name in PEERS for row in peer_rows(name, repeats)
-        ]
+        figures["beside others, text only, instant policy"] = peer_rows(PEERS, repeats)
+        figures["beside others, the policy behind a loopback endpoint"] = peer_rows(ENDPOINT_PEERS, repeats)
     if out:
         Path(out).write_text(markdown("What the runner costs", figures), encoding="utf-8")
     return figures
@@ -197,17 +198,22 @@ def schedule(n: int, mean: float, rounds: int, repeats: int, seed: int = 0, name
 # --- others -----------------------------------------------------------------------------------------------------
 
 
-def peer_rows(name: str, repeats: int) -> list[dict[str, Any]]:
-    """The same episodes through another framework's own loop, where it is installed; else a row that says so."""
+def peer_rows(peers: Mapping[str, Peer], repeats: int) -> list[dict[str, Any]]:
+    """The same episodes through other frameworks' own loops; one that is not installed has a row that says so."""
+    return [row for name, peer in peers.items() for row in _measured(name, peer, repeats)]
+
+
+def _measured(name: str, peer: Peer, repeats: int) -> list[dict[str, Any]]:
+    try:
+        peer.run(1, 1, TURNS)  # what is imported or compiled late is nobody's turn
+    except ImportError as error:
+        return [_row(name, "-", "not installed", "-", f"{error.name or error}")]
     rows = []
-    for n in (64, 256, 1024):
-        try:
-            costs = [PEERS[name].run(n, 4, TURNS) for _ in range(repeats)]
-        except ImportError as error:
-            return [_row(name, "-", "not installed", "-", f"{error.name or error}")]
-        turns = n * 4 * TURNS
+    for n in peer.at_once:
+        costs = [peer.run(n, peer.rounds, TURNS) for _ in range(repeats)]
+        turns = n * peer.rounds * TURNS
         rate = round(median(turns / c.wall for c in costs))
-        rows.append(_row(name, n, spread([c.cpu * 1e6 / turns for c in costs]), rate, PEERS[name].unlike))
+        rows.append(_row(name, n, spread([c.cpu * 1e6 / turns for c in costs]), rate, peer.unlike))
     return rows
 
 

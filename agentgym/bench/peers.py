@@ -18,13 +18,13 @@ from typing import Any
 import msgspec
 
 from agentgym.bench.measure import Cost, cost
+from agentgym.bench.stub import REPLY
 from agentgym.policy import Scripted
 from agentgym.rollout import Limits, Runner, episodes
 from agentgym.testing.fakes import CountingEnv
 from agentgym.types import Action, Observation
 
 OBSERVATION = "x" * 220
-REPLY = "y" * 110
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +32,8 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
     run: Callable[[int, int, int], Cost]
     unlike: str
+    at_once: tuple[int, ...] = (64, 256, 1024)
+    rounds: int = 4
 
 
 def ours(n: int, rounds: int, turns: int) -> Cost:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
+import sys
 from itertools import islice
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
+from agentgym.bench.endpoint import ENDPOINT_PEERS, complete
 from agentgym.bench.measure import markdown, spread
 from agentgym.bench.overhead import drawn, instant, lag, makespan, peer_rows, schedule
 from agentgym.bench.peers import PEERS
+from agentgym.bench.stub import REPLY, content_length, stub
+from agentgym.errors import EnvironmentFault
 from agentgym.registry import lookup
 from agentgym.rollout import Runner, episodes
 from agentgym.testing.fakes import LATENCIES, CountingEnv, FakePolicy, SimulatedPolicy
@@ -81,12 +87,40 @@ def test_the_collector_is_eased_during_a_run_and_put_back() -> None:
 
 
 def test_a_missing_framework_is_a_row_and_the_page_has_every_table(tmp_path: Path) -> None:
-    rows = [row for name in PEERS for row in peer_rows(name, 1)]
+    rows = peer_rows(PEERS, 1)
     assert {row["framework"] for row in rows} == set(PEERS)
     page = markdown("Title", {"seed": 1, "machine": {"cores": "2"}, "others": rows})
     assert page.startswith("# Title\n\n- seed: 1\n- machine: cores 2\n\n## others\n\n| framework | at once |")
     assert len(page.splitlines()) == 9 + len(rows)
     assert spread([3.0, 1.0, 2.0]) == "2.0 (1.0 - 3.0)"
+
+
+@pytest.mark.network
+def test_the_stub_answers_whatever_is_posted() -> None:
+    with stub() as url:
+        asked = Request(f"{url}/chat/completions", json.dumps({"messages": ["x" * 100_000]}).encode())
+        for _ in range(2):
+            with urlopen(asked, timeout=10) as response:
+                assert json.load(response)["choices"][0]["message"] == {"role": "assistant", "content": REPLY}
+    assert content_length(b"POST / HTTP/1.1\r\ncontent-LENGTH: 12\r\nAccept: */*\r\n\r\n") == 12
+    assert content_length(b"GET / HTTP/1.1\r\n\r\n") == 0
+
+
+def test_without_a_client_the_endpoint_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("aiohttp", "verifiers", "verifiers.v1"):
+        monkeypatch.setitem(sys.modules, package, None)
+    rows = peer_rows(ENDPOINT_PEERS, 1)
+    assert [row["framework"] for row in rows] == ["bare aiohttp", "agentgym", "verifiers"]
+    assert {row["cpu us a turn"] for row in rows} == {"not installed"}
+    assert [row["not alike"] for row in rows] == ["aiohttp", "aiohttp", "verifiers.v1"]
+
+
+def test_a_row_counts_whole_episodes_only() -> None:
+    complete(8, 8, None)
+    with pytest.raises(EnvironmentFault, match="after 7 of 8 turns"):
+        complete(7, 8, None)
+    with pytest.raises(EnvironmentFault, match="refused"):
+        complete(8, 8, ["refused"])
 
 
 def test_the_bench_is_in_the_catalogue() -> None:
