@@ -109,7 +109,7 @@ def _memory(config: Config, shape: dict[str, float]) -> dict[str, float]:
 
 def _seconds(config: Config, count: float) -> dict[str, float]:
     """A forward pass costs 2 operations per parameter and token, with its gradient 6."""
-    speed = _operations_per_second(config.run.threads)
+    speed = _operations_per_second(config.run.threads, config.model.device)
     w, s, r, e = config.warmup, config.sft, config.rollout, config.eval
     played = TURNS * TURN_TOKENS
     episodes = config.run.steps * r.tasks_per_step * r.group_size
@@ -124,12 +124,17 @@ def _seconds(config: Config, count: float) -> dict[str, float]:
     return {name: count * amount / speed for name, amount in tokens.items()}
 
 
-def _operations_per_second(threads: int) -> float:
-    """Of a chain of matrix products of a tiny model's shapes on the CPU; small kernels reach a third of it."""
+def _operations_per_second(threads: int, device: str) -> float:
+    """Of matrix products, in a tiny model's shapes on the CPU, in a large one's on a GPU; training reaches a third.
+
+    A GPU that this machine does not show is measured as its CPU.
+    """
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
+    rows, wide = (4096, 2048) if on_gpu else (1024, 128)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        x, w = torch.randn(1024, 128), torch.randn(128, 384)
+        x, w = (torch.randn(shape, device=device if on_gpu else "cpu") for shape in ((rows, wide), (wide, 3 * wide)))
         best = min(_timed(x, w) for _ in range(5))
     finally:
         torch.set_num_threads(before)
@@ -139,7 +144,8 @@ def _operations_per_second(threads: int) -> float:
 def _timed(x: torch.Tensor, w: torch.Tensor) -> float:
     started = time.perf_counter()
     for _ in range(20):
-        x @ w
+        found = x @ w
+    found[0, 0].item()  # waits for a GPU
     return time.perf_counter() - started
 
 
