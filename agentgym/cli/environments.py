@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from agentgym import presets, registry
@@ -44,8 +44,3 @@ def run_check(options: Namespace) -> int:
     else:
         out().print(report)
     return report.exit_code
-
-
-def names(found: Iterable[str]) -> str:
-    """Names in a sentence."""
-    return ", ".join(found) or "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
 import msgspec
@@ -13,11 +13,13 @@ import msgspec
 from agentgym import presets
 from agentgym.cli import policies
 from agentgym.cli.environments import make, settings_of
-from agentgym.cli.output import Bar, emit, out, table
+from agentgym.cli.output import Bar, emit, err, out, table
+from agentgym.env import Environment
 from agentgym.errors import ConfigError
 from agentgym.evaluate import Evaluation, evaluate
 from agentgym.figures import figure, percent
-from agentgym.types import Sampling
+from agentgym.policy import Policy
+from agentgym.types import Sampling, Trajectory
 
 
 def run_eval(options: Namespace) -> int:
@@ -26,11 +28,18 @@ def run_eval(options: Namespace) -> int:
     trained = policies.trained_with(options.policy)
     env = make(options.id, presets.merge(_own(trained, "env", options.id), settings["env"]))
     policy = policies.resolve(env, options.policy, {**policies.rendering(trained), **settings["policy"]})
+    reasons: dict[str, str] = {}
     with ExitStack() as stack:
         stack.callback(getattr(policy, "close", lambda: None))
         bar = stack.enter_context(Bar(f"eval {options.id}", options.episodes * options.attempts))
+
+        def seen(trajectory: Trajectory) -> None:
+            bar.advance()
+            if trajectory.failure is not None:
+                reasons.setdefault(trajectory.failure.kind, trajectory.failure.message)
+
         found = asyncio.run(
-            evaluate(
+            _judge(
                 env,
                 policy,
                 split=options.split,
@@ -39,12 +48,22 @@ def run_eval(options: Namespace) -> int:
                 attempts=options.attempts,
                 concurrency=options.concurrency,
                 sampling=sampling({**trained.get("sampling", {}), **settings["sampling"]}),
-                seen=lambda _: bar.advance(),
+                seen=seen,
             )
         )
+    for kind, message in reasons.items():
+        err().print(f"failed ({kind}): {message}", style="dim", markup=False)
     found = found.replace(policy=options.policy)
     emit(found) if options.json else show(found)
     return 0 if found.episodes else 1
+
+
+async def _judge(env: Environment, policy: Policy, **asked: Any) -> Evaluation:
+    """`evaluate`; a policy with an `aclose` holds something of the event loop, and lets go of it there."""
+    async with AsyncExitStack() as stack:
+        if hasattr(policy, "aclose"):
+            stack.push_async_callback(policy.aclose)
+        return await evaluate(env, policy, **asked)
 
 
 def _own(trained: Mapping[str, Any], section: str, id: str) -> presets.Table:

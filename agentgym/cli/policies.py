@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from agentgym import presets, registry
-from agentgym.cli.environments import names
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, DataError, unknown
 from agentgym.policy import Policy
@@ -29,7 +28,7 @@ def resolve(env: Environment, name: str, settings: Mapping[str, Any]) -> Policy:
     if name in ladder:
         return ladder[name]
     if "://" in name:
-        return _endpoint(name, settings, ladder)
+        return _load("endpoint", name, **settings)
     if Path(name).exists():
         return _load("torch", str(checkpoint_of(Path(name))), **settings)
     if name in registry.catalogue("policies"):
@@ -37,15 +36,6 @@ def resolve(env: Environment, name: str, settings: Mapping[str, Any]) -> Policy:
     raise unknown(
         f"policy for {env.id}", name, (*ladder, *registry.catalogue("policies")), "or a folder with a checkpoint"
     )
-
-
-def _endpoint(url: str, settings: Mapping[str, Any], ladder: Mapping[str, Policy]) -> Policy:
-    if "endpoint" not in registry.catalogue("policies"):
-        raise ConfigError(
-            f"no installed package can talk to {url!r} (a policy named 'endpoint' would); there are now: "
-            f"{names(ladder)}, and folders with a checkpoint"
-        )
-    return _load("endpoint", url, **settings)
 
 
 def _load(name: str, *given: str, **settings: Any) -> Policy:

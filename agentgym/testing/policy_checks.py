@@ -261,6 +261,15 @@ async def _refused(p: Played, late: Any) -> str:
     raise CheckFailed("an act after the session was left is answered as if nothing had happened")
 
 
+async def closes(p: Played) -> str:
+    """A policy that holds something of the event loop (`aclose`) lets go of it, and does not mind doing so twice."""
+    if not hasattr(p.tested, "aclose"):
+        raise NotClaimed("the policy has no method aclose()")
+    for _ in range(2):
+        await p.tested.aclose()
+    return "closed twice"
+
+
 ITEMS = (
     Item("acts", acts),
     Item("same_key", same_key, ("acts",)),
@@ -269,4 +278,5 @@ ITEMS = (
     Item("spans", spans, ("acts",)),
     Item("after_close", after_close, ("acts",)),
     Item("released", released, ("acts", "same_key")),
+    Item("closes", closes),
 )

@@ -10,6 +10,13 @@ POLICIES = [
         extra="train",
         requires=("torch", "transformers", "tokenizers", "safetensors"),
     ),
+    Spec(
+        id="endpoint",
+        target="agentgym_policies.endpoint:Endpoint",
+        summary="any server that speaks OpenAI's chat completions, by its URL; for evaluation",
+        extra="http",
+        requires=("aiohttp",),
+    ),
 ]
 
 BENCHES = [
