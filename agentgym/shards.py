@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from agentgym.errors import StoreError
+from agentgym.errors import AgentGymError, StoreError
 from agentgym.types import SCHEMA, Trajectory, decode, encode
 
 MAGIC = b"AGSHARD\n"
@@ -56,17 +56,25 @@ def writing(path: Path) -> Iterator[None]:
     """Turns what the operating system says about a failed write into one `StoreError` with the way out."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, StoreError):
+    except Exception as error:
+        reason = None if isinstance(error, AgentGymError) else _refused(error)
+        if reason is None:
             raise
         try:
             free = f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free there"
         except OSError:
             free = "the folder cannot be read"
         raise StoreError(
-            f"cannot write {path}: {error.strerror or error} ({free}). What was written before is whole: make room, "
+            f"cannot write {path}: {reason} ({free}). What was written before is whole: make room, "
             f"then resume the run from its folder"
         ) from error
+
+
+def _refused(error: Exception) -> str | None:
+    """What the operating system refused, or None for another error. Native writers (safetensors) say it in words."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error) if "(os error " in str(error) else None
 
 
 class Appender:

@@ -206,6 +206,33 @@ def test_a_full_disk_is_one_clear_error_and_leaves_whole_records(tmp_path: Path,
     assert groups(tmp_path / "run") == [*seen, "g999"]
 
 
+FULL_CHECKPOINT = """
+    import resource, sys
+    import torch
+    from agentgym.errors import StoreError
+    from agentgym.store import RunFolder
+    from safetensors.torch import save_file
+    run = RunFolder.create(sys.argv[1], {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    try:
+        with run.checkpoint(1) as folder:
+            save_file({"w": torch.zeros(10_000)}, folder / "model.safetensors")
+    except StoreError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE stands in for a full disk")
+def test_a_full_disk_under_a_native_writer_is_the_same_error_and_leaves_no_checkpoint(tmp_path: Path) -> None:
+    out, errors = script(FULL_CHECKPOINT, tmp_path / "run").communicate(timeout=60)
+    assert errors == ""
+    assert out.startswith("cannot write ")
+    assert "os error 27" in out
+    assert "make room, then resume" in out
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert load_run(tmp_path / "run").checkpoints == []
+
+
 def script(source: str, *arguments: object) -> subprocess.Popen[str]:
     tests = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
