@@ -172,9 +172,12 @@ class FakePolicy:
         return _FakeSession(self)
 
 
-class _FakeSession:
-    def __init__(self, policy: FakePolicy) -> None:
-        self.policy, self.turn = policy, 0
+class _Counted:
+    """A session whose policy counts how often it was opened and closed; it does not act once it was left."""
+
+    __slots__ = ("policy", "turn")
+    policy: FakePolicy | SimulatedPolicy
+    turn: int
 
     async def __aenter__(self) -> Self:
         self.policy.opened += 1
@@ -185,6 +188,14 @@ class _FakeSession:
     ) -> None:
         self.policy.closed += 1
         self.turn = LEFT
+
+
+class _FakeSession(_Counted):
+    __slots__ = ()
+    policy: FakePolicy
+
+    def __init__(self, policy: FakePolicy) -> None:
+        self.policy, self.turn = policy, 0
 
     async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
         if self.turn == LEFT:
@@ -256,21 +267,12 @@ def _uniform(drawn: int, turn: int) -> float:
     return ((x ^ (x >> 31)) >> 11) * 2.0**-53
 
 
-class _SimulatedSession:
-    __slots__ = ("drawn", "policy", "turn")
+class _SimulatedSession(_Counted):
+    __slots__ = ("drawn",)
+    policy: SimulatedPolicy
 
     def __init__(self, policy: SimulatedPolicy, drawn: int) -> None:
         self.policy, self.drawn, self.turn = policy, drawn, 0
-
-    async def __aenter__(self) -> Self:
-        self.policy.opened += 1
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.policy.closed += 1
-        self.turn = LEFT
 
     async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
         if self.turn == LEFT:
