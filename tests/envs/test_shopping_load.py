@@ -192,6 +192,7 @@ def test_encodings(tmp_path: Path) -> None:
         ("name,price\nsaw,3\n", {"columns": {"title": "nam"}}, "did you mean 'name'"),
         ("a,b\n1,2\n", {}, r"columns\.title: a, b"),
         ("name,price\nsaw,0\nsaw,0\n", {}, "no attribute"),
+        ("name,price\nsaw,nan\naxe,inf\nbit,-5\n", {}, "prices that cannot be used: .*"),
         ("name,price\n,3\n,4\n", {}, "2 no title"),
         ("[1, 2", {}, "JSON"),
     ],

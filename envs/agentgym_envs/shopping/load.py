@@ -124,7 +124,10 @@ class _Loader:
             self._keep(number(Slot(name="price", unit=currency, words=words_), price, self.buckets))
         self._add_attributes()
         if not self.columns:
-            raise DataError(f"{self.path}: no attribute to ask about: map brand or price, or add columns with values")
+            raise DataError(
+                f"{self.path}: no attribute to ask about{self._lost_prices()}: map brand or price, or add columns with "
+                "values"
+            )
         ids = self._ids()
         return Catalogue(
             ids=ids,
@@ -137,6 +140,11 @@ class _Loader:
             currency=currency,
             report=self._report(),
         )
+
+    def _lost_prices(self) -> str:
+        """Why no price could be used, where there is a price column."""
+        lost = ", ".join(f"{n} {why}" for why, n in self.unpriced.items())
+        return f" (prices that cannot be used: {lost})" if lost else ""
 
     def _report(self) -> Report:
         read = len(self.table.rows) + sum(self.table.dropped.values())
