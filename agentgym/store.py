@@ -321,15 +321,21 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """Delete a checkpoint; renamed first, so that a kill in between leaves none that looks whole."""
+        path = Path(checkpoint.path)
+        aside = path.with_name(f".dropped-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        shutil.rmtree(aside)
+
     def truncate_to(self, checkpoint: Checkpoint) -> None:
         """Cut shards, index and metrics to the checkpoint's offsets; later checkpoints go, first of all, so that a
         kill in between leaves a folder that can be cut again."""
         at = checkpoint.offsets
         _require_reach(self.offsets(), at, checkpoint)
         for later in (c for c in self.checkpoints if c.step > checkpoint.step):
-            aside = Path(later.path).with_name(f".dropped-{Path(later.path).name}")
-            os.replace(later.path, aside)
-            shutil.rmtree(aside)
+            self.drop(later)
         for file in (self._shard, self._index, self._metrics):
             file.close()
         for number in _shards(self.folder):

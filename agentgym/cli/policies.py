@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def trained_with(name: str) -> presets.Table:
     path = path.resolve()
     for folder in (path, *list(path.parents)[:3]):
         if (folder / RUN_MARK).is_file():
-            return tomllib.loads((folder / RUN_MARK).read_text(encoding="utf-8"))
+            return presets.read_toml(folder / RUN_MARK)
     return {}
 
 

@@ -206,6 +206,17 @@ def test_a_full_disk_is_one_clear_error_and_leaves_whole_records(tmp_path: Path,
     assert groups(tmp_path / "run") == [*seen, "g999"]
 
 
+def test_what_a_kill_left_of_a_dropped_checkpoint_is_in_nobodys_way(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", {}) as run:
+        with run.checkpoint(1) as folder:
+            (folder / "weights").write_bytes(b"w")
+        left = tmp_path / "run" / "checkpoints" / ".dropped-step-000001"
+        shutil.copytree(left.with_name("step-000001"), left)
+        assert [c.step for c in run.checkpoints] == [1]
+        run.drop(run.checkpoints[0])
+    assert list(left.parent.iterdir()) == []
+
+
 FULL_CHECKPOINT = """
     import resource, sys
     import torch

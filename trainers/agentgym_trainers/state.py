@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,9 +98,7 @@ class State:
             held = {name: value.detach().contiguous() for name, value in tensors.items()}
             save_file({**held, RNG: torch.get_rng_state()}, path / OPTIMISER)
         for old in self.folder.checkpoints[: -self.config.run.keep]:
-            aside = Path(old.path).with_name(f".dropped-{Path(old.path).name}")
-            os.replace(old.path, aside)
-            shutil.rmtree(aside)
+            self.folder.drop(old)
 
     def evaluated(self) -> dict[str, Mapping[str, Any]]:
         """The evaluations that the folder holds, by name."""
