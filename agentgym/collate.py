@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agentgym import seeding
 from agentgym.errors import ConfigError, RecordError
 from agentgym.types import Batch, TokenSpan, Trajectory, Turn, iterate
 
@@ -58,11 +60,13 @@ def collate(
     *,
     max_tokens: int,
     behaviour: bool = True,
+    rewards: Sequence[float] | None = None,
 ) -> list[Batch]:
     """Pack into micro-batches of at most `max_tokens` tokens, longest sequences first, ties in the order given.
 
     turn_advantages  one value per turn for each trajectory [turns], as `advantages.advantages` returns them
     behaviour        the sampler's log-probs are needed; False (imitation) puts 0 where they were not recorded
+    rewards          the composed reward of each trajectory, for objectives that read it
 
     Raises `ConfigError` for a sequence longer than `max_tokens`, `RecordError` for spans that do not add up.
     `Batch.owners` indexes `trajectories`; `Batch.labels` is the same for all batches of a call.
@@ -73,7 +77,8 @@ def collate(
         if trajectory.status != "failed":
             found += _Branches(owner, trajectory, values, labels, behaviour).sequences()
     found.sort(key=lambda s: (-s.length, s.owner, s.agent, s.branch))
-    return [_pack(group, tuple(labels)) for group in _fill(found, max_tokens)]
+    facts = _Facts.of(trajectories, rewards)
+    return [_pack(group, tuple(labels), facts) for group in _fill(found, max_tokens)]
 
 
 def trained_tokens(batches: Iterable[Batch]) -> int:
@@ -208,13 +213,35 @@ def _fill(found: Sequence[_Sequence], max_tokens: int) -> list[list[_Sequence]]:
     return groups
 
 
-def _pack(group: Sequence[_Sequence], labels: tuple[str, ...]) -> Batch:
+class _Facts(NamedTuple):
+    """What a sequence inherits from its trajectory, [trajectories] each. Hashes agree between calls and processes."""
+
+    groups: NDArray[np.int64]
+    domains: NDArray[np.int64]
+    rewards: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory], rewards: Sequence[float] | None) -> _Facts:
+        keys = [(t.env, t.episode.group or t.task.id, t.episode.seed) for t in trajectories]
+        domains = [t.labels.get("domain", t.env) for t in trajectories]
+        return cls(
+            np.asarray([seeding.key("group", *k) >> 1 for k in keys], np.int64),
+            np.asarray([seeding.key("domain", d) >> 1 for d in domains], np.int64),
+            np.full(len(keys), np.nan, np.float32) if rewards is None else np.asarray(rewards, np.float32),
+        )
+
+
+def _pack(group: Sequence[_Sequence], labels: tuple[str, ...], facts: _Facts) -> Batch:
     lengths = [sequence.length for sequence in group]
+    owners = np.asarray([sequence.owner for sequence in group], np.int32)
     columns = {name: np.concatenate([s.column(name) for s in group]).astype(kind) for name, kind in _COLUMNS.items()}
     return Batch(
         positions=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
         bounds=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
-        owners=np.asarray([sequence.owner for sequence in group], np.int32),
+        owners=owners,
+        groups=facts.groups[owners],
+        domains=facts.domains[owners],
+        rewards=facts.rewards[owners],
         labels=labels,
         **columns,
     )

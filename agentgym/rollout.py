@@ -413,7 +413,7 @@ class _Play:
             failure=failure,
             final=self.final,
             metrics=self.metrics,
-            labels=self.episode.task.labels,
+            labels=self.episode.task.labels | self.episode.labels,
             seconds=perf_counter() - self.begun,
             code_version=__version__,
         )

@@ -97,16 +97,40 @@ class Task(Record, frozen=True, kw_only=True):
         return digest(msgspec.msgpack.encode(self, order="deterministic"), size=8).hex()
 
 
+class Guidance(Record, frozen=True, kw_only=True):
+    """What a rollout strategy gives an episode besides its task. Part of the record, so nothing is learnt in secret.
+
+    start     actions already taken: the runner plays them, tells the session of them, and then the policy goes on.
+              Their turns have no span of the policy, so nothing of them is trained on
+    hint      text that the policy reads at the end of its first observation
+    begin     the first reply begins with this text; `share` is the probability with which the strategy says so, and
+              its logarithm the sampled log-prob of the first of these tokens (0 of the others)
+    sampling  replaces the runner's for this episode
+    context   what a hinted sample is trained under: the prompt that the sampler saw ("sampled"), or the prompt
+              without the hint ("original"), which makes it off-policy
+    """
+
+    start: tuple[Action, ...] = ()
+    hint: str = ""
+    begin: str = ""
+    share: float = 1.0
+    sampling: Sampling | None = None
+    context: Literal["sampled", "original"] = "sampled"
+
+
 class Episode(Record, frozen=True, kw_only=True):
     """The key of one episode: everything random about it hangs from here.
 
-    Members of a group share `task` and `seed` and differ in `member`, which only the policy's sampling noise reads.
+    Members of a group share `task` and `seed` and differ in `member`, which only the policy's sampling noise reads, and
+    in `guidance`. `labels` (condition, hint level) join the task's in the trajectory.
     """
 
     task: Task
     seed: int = 0
     member: int = 0
     group: str = ""
+    guidance: Guidance | None = None
+    labels: dict[str, str] = {}
 
     @property
     def id(self) -> str:
@@ -209,6 +233,7 @@ class TokenSpan(Record, frozen=True, kw_only=True):
     sampled_logprobs   of `ids` under the distribution they were drawn from (temperature, top-p, top-k); empty = same
     branch, parent     the token sequence this span extends; `parent` = (branch, length) where a new branch forked
     context       "original", or "hinted" when the sampler saw a hint that training may take away
+    unhinted      the prompt as it would have been without the hint; only where `context` is "hinted"
     """
 
     prompt: Ids = Ids()
@@ -225,6 +250,7 @@ class TokenSpan(Record, frozen=True, kw_only=True):
     call_id: str = ""
     media: tuple[MediaRef, ...] = ()
     context: Literal["original", "hinted"] = "original"
+    unhinted: Ids = Ids()
 
 
 class Action(Record, frozen=True, kw_only=True):
@@ -463,7 +489,9 @@ class Batch(msgspec.Struct, kw_only=True):
     ids [N] int32; positions [N] int32 (restart at 0 in each sequence); bounds [S+1] int64 (sequence s is
     bounds[s]:bounds[s+1]); mask [N] float32 (1 where the token was sampled and is trained on); advantages [N];
     logprobs [N] (behaviour: of the distribution sampled from); versions [N] int32; turns [N] int32 (turn index, -1 for
-    prompt); owners [S] int32 (index of the trajectory); segments [N] int16 with their names in `labels`.
+    prompt); owners [S] int32 (index of the trajectory); segments [N] int16 with their names in `labels`; groups and
+    domains [S] int64 (hashes: equal ones share a prompt, a domain); rewards [S] float32 (composed; NaN where none was
+    given).
     """
 
     ids: NDArray[np.int32]
@@ -477,6 +505,9 @@ class Batch(msgspec.Struct, kw_only=True):
     owners: NDArray[np.int32]
     segments: NDArray[np.int16]
     labels: tuple[str, ...] = ("",)
+    groups: NDArray[np.int64] | None = None
+    domains: NDArray[np.int64] | None = None
+    rewards: NDArray[np.float32] | None = None
 
 
 # --- disk format ------------------------------------------------------------------------------------------------

@@ -27,8 +27,16 @@ from agentgym.types import (
     Turns,
     WeightsVersion,
 )
-from agentgym_trainers.learner import IMITATION, Learner, Optim
-from agentgym_trainers.objective import Objective, Regulariser
+from agentgym_trainers.learner import Learner, Optim
+from agentgym_trainers.objective.declare import (
+    IMITATION,
+    Aggregation,
+    Entropy,
+    Kl,
+    Objective,
+    SeqMeanTokenMean,
+    TokenMean,
+)
 
 VOCABULARY = 20
 
@@ -79,9 +87,9 @@ def weights(learner: Learner) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in learner.parameters])
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
-def test_micro_batches_do_not_change_a_step(aggregation: str) -> None:
-    objective = Objective(aggregation=aggregation, regularisers=(Regulariser(kind="entropy", coef=0.01),))
+@pytest.mark.parametrize("aggregation", [TokenMean(), SeqMeanTokenMean()])
+def test_micro_batches_do_not_change_a_step(aggregation: Aggregation) -> None:
+    objective = Objective(aggregation=aggregation, regularisers=(Entropy(coef=0.01),))
     found, figures = [], []
     for size in (10_000, 24):
         learner = Learner(Bare(), objective, Optim(micro_tokens=size, warmup=0), total_steps=1)
@@ -167,10 +175,10 @@ def test_proximal_policy_stays_fixed_over_epochs() -> None:
 
 def test_a_reference_holds_the_policy_back() -> None:
     with pytest.raises(ConfigError, match="reference"):
-        Learner(Bare(), Objective(regularisers=(Regulariser(kind="kl", coef=1.0),)), Optim(), total_steps=1)
+        Learner(Bare(), Objective(regularisers=(Kl(coef=1.0),)), Optim(), total_steps=1)
     drift = []
     for coef in (1e-9, 50.0):
-        objective = Objective(regularisers=(Regulariser(kind="kl", coef=coef),))
+        objective = Objective(regularisers=(Kl(coef=coef),))
         learner = Learner(Bare(), objective, Optim(lr=1e-2, warmup=0), total_steps=10, reference=Bare().module())
         drift.append([learner.update(EPISODES, CREDIT)["kl_reference"] for _ in range(10)][-1])
     assert drift[1] < 0.2 * drift[0]

@@ -25,7 +25,7 @@ from agentgym.rewards import check_gamma, composer
 from agentgym.rollout import Limits
 from agentgym.types import Sampling
 from agentgym_trainers.learner import Optim
-from agentgym_trainers.objective import Gate, Objective, Struct
+from agentgym_trainers.objective.declare import Clip, Objective, Struct
 
 
 class RunConfig(Struct, frozen=True, kw_only=True):
@@ -141,7 +141,7 @@ class Config(Struct, frozen=True, kw_only=True):
     reward: dict[str, Any] = msgspec.field(default_factory=dict)
     advantage: tuple[Term, ...] = (Term(),)
     whiten: Literal["none", "trajectories", "turns", "tokens"] = "none"
-    objective: Objective = Objective(gate=Gate(high=0.28))
+    objective: Objective = Objective(gate=Clip(high=0.28))
     optim: Optim = Optim()
     eval: EvalConfig = EvalConfig()
 

@@ -24,7 +24,9 @@ from agentgym.errors import ConfigError, ModelError
 from agentgym.modeling.logprobs import token_logprobs
 from agentgym.seeding import rng
 from agentgym.types import Batch, Trajectory, WeightsVersion
-from agentgym_trainers.objective import Gate, Objective, Struct, Tokens, Totals, loss, summarise
+from agentgym_trainers.objective.compute import loss, summarise
+from agentgym_trainers.objective.declare import Objective, Struct
+from agentgym_trainers.objective.tokens import Tokens, Totals
 
 Advantages = Sequence[NDArray[np.float64]]
 
@@ -80,10 +82,6 @@ class Trainable(Protocol):
     async def publish(self, version: WeightsVersion) -> None:
         """From now on act with the weights as they are."""
         ...
-
-
-IMITATION = Objective(ratio="none", gate=Gate(kind="none"))
-"""Supervised learning is REINFORCE with advantage one: the gradient is that of the mean log-likelihood."""
 
 
 MASTER = "master"
@@ -156,9 +154,11 @@ class Learner:
             yield [trajectories[i] for i in part], [advantages[i] for i in part]
 
     def _prepare(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> list[_Micro]:
-        behaviour = self.objective.ratio != "none" or self.objective.behaviour.kind != "none"
         batches = self.trainable.collate(
-            trajectories, advantages, max_tokens=self.optim.micro_tokens, behaviour=behaviour
+            trajectories,
+            advantages,
+            max_tokens=self.optim.micro_tokens,
+            behaviour=self.objective.needs_sampler,
         )
         return [self._micro(batch) for batch in batches]
 

@@ -36,8 +36,8 @@ from agentgym_trainers import config as configs
 from agentgym_trainers import figures, language, sft
 from agentgym_trainers.config import Config
 from agentgym_trainers.figures import Figures
-from agentgym_trainers.learner import IMITATION, Learner, Optim
-from agentgym_trainers.objective import Objective
+from agentgym_trainers.learner import Learner, Optim
+from agentgym_trainers.objective.declare import IMITATION, Objective
 from agentgym_trainers.plan import Plan, plan
 from agentgym_trainers.rollouts import Buffer, Rollouts, Sample, best_of
 from agentgym_trainers.state import SUMMARY, Stage, State, position, require_free, steps_of
