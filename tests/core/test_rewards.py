@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from making import ledger, trajectory
 
-from agentgym import rewards
 from agentgym.errors import ConfigError, RecordError, UnknownName
-from agentgym.rewards import Composed, by_turn, carried, check_gamma, check_reconciles, composer, explain
+from agentgym.rewards import Composed, by_turn, carried, check_gamma, check_reconciles, compose, composer, explain
 from agentgym.types import RewardTerm
 
 HRM = {
@@ -302,7 +301,7 @@ def test_debug_catches_what_does_not_add_up(monkeypatch: pytest.MonkeyPatch) -> 
     assert not composer("sum").debug
     monkeypatch.setenv("AGENTGYM_DEBUG", "1")
     checked = composer("sum")
-    monkeypatch.setattr(rewards, "_hand_out", lambda *found: None)
+    monkeypatch.setattr(compose, "_hand_out", lambda *found: None)
     with pytest.raises(RecordError, match=r"base \+ shares = 0.0, value = 2.0"):
         checked.compose(ledger({"r": 2.0}))
 
