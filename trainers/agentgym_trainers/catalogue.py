@@ -1,6 +1,11 @@
 """What this room holds, as static metadata: reading it imports no torch."""
 
+import tomllib
+from pathlib import Path
+
 from agentgym.registry import Spec
+
+HERE = Path(__file__).parent
 
 TRAINERS = [
     Spec(
@@ -11,3 +16,22 @@ TRAINERS = [
         requires=("torch", "transformers", "tokenizers", "safetensors"),
     ),
 ]
+
+BENCHES = [
+    Spec(
+        id="objectives",
+        target="agentgym_trainers.bench:objectives",
+        summary="loss and advantages of every method: time per million tokens, beside plain GRPO and TRL's loss",
+        extra="train",
+        requires=("torch",),
+    ),
+]
+
+
+def OBJECTIVES() -> list[Spec]:  # noqa: N802 - the name of a catalogue
+    """Every methods/*.toml by its name."""
+    return [Spec(id=f.stem, target=str(f), summary=_title(f)) for f in sorted(HERE.glob("methods/*.toml"))]
+
+
+def _title(path: Path) -> str:
+    return str(tomllib.loads(path.read_text(encoding="utf-8"))["about"]["title"])
