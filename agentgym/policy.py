@@ -34,6 +34,17 @@ class Drafts(Protocol):
         ...
 
 
+class Tells(Protocol):
+    """What a session may have besides `act`: it hears of actions that were taken without it (`Guidance.start`).
+
+    A session without this method is simply not told: its first `act` then gets the observation after them.
+    """
+
+    async def tell(self, observation: Observation, action: Action) -> None:
+        """At `observation`, this action was taken. What follows is a turn later, in noise and memory alike."""
+        ...
+
+
 @runtime_checkable
 class Policy(Protocol):
     """Whoever acts: an engine, an endpoint, a script, a person."""
@@ -57,7 +68,9 @@ class Scripted:
 
         Scripted(lambda episode, agent: lambda observation: Action(text="hello"))
 
-    The act-function may be async. It may read `episode.task.payload`: that is what an oracle does.
+    The act-function may be async. It may read `episode.task.payload`: that is what an oracle does. Of an action taken
+    without it, it is asked all the same and its answer dropped: what it counts stays in step, and a script that is
+    told what it would have said itself goes on as if it had.
     """
 
     def __init__(self, script: Callable[[Episode, str], Callable[[Observation], Action | Awaitable[Action]]]) -> None:
@@ -95,3 +108,6 @@ class ScriptedSession:
     async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
         found = self.decide(observation)
         return found if isinstance(found, Action) else await found
+
+    async def tell(self, observation: Observation, action: Action) -> None:
+        await self.act(observation)

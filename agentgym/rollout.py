@@ -7,6 +7,8 @@
 A slot is one asyncio task that plays one episode after the other; it waits for its own policy and environment only.
 One watchdog scans the slots for passed deadlines, so that a turn pays two attribute writes for them. A fault is
 retried with the same task and seed and, where it persists, becomes a failed trajectory, never a reward.
+
+An episode's `guidance` begins it with actions already taken, and may replace the sampling: see `types.Guidance`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import asyncio
 import gc
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from math import inf
 from time import perf_counter
@@ -35,6 +37,7 @@ from agentgym.types import (
     Episode,
     Failure,
     FailureKind,
+    Guidance,
     Observation,
     Sampling,
     Status,
@@ -257,9 +260,36 @@ class _Seat:
 
     __slots__ = ("act", "drafts")
 
-    def __init__(self, session: Session) -> None:
-        self.act = session.act
+    def __init__(self, session: Session, guide: _Guide | None) -> None:
+        self.act = session.act if guide is None else guide.leading(session)
         self.drafts: Callable[[], tuple[Draft, ...]] | None = getattr(session, "drafts", None)
+
+
+class _Guide:
+    """What an episode's guidance makes of its sessions. Without guidance there is none, and nothing is paid for it.
+
+    The actions already taken are played in the order of the turns, whoever's turn it is, and recorded without what a
+    policy knew of them (span, log-prob, value): nothing of them is trained on. See `agentgym.policy.Tells`.
+    """
+
+    __slots__ = ("sampling", "taken")
+
+    def __init__(self, guidance: Guidance) -> None:
+        self.taken, self.sampling = deque(guidance.start), guidance.sampling
+
+    def leading(self, session: Session) -> Callable[..., Awaitable[Action]]:
+        """The session's `act` behind the actions already taken."""
+        tell = getattr(session, "tell", None)
+
+        async def act(observation: Observation, sampling: Sampling | None = None) -> Action:
+            if not self.taken:
+                return await session.act(observation, self.sampling or sampling)
+            action = _checked("guidance.start", self.taken.popleft())
+            if tell is not None:
+                await tell(observation, action)
+            return Action(text=action.text, tool_calls=action.tool_calls, array=action.array)
+
+        return act
 
 
 class _Run:
@@ -389,7 +419,7 @@ class _Run:
 class _Play:
     """One attempt at one episode: its instance of the environment, its sessions and its record."""
 
-    __slots__ = ("begun", "env", "episode", "final", "metrics", "recorder", "run", "seats", "slot", "status")
+    __slots__ = ("begun", "env", "episode", "final", "guide", "metrics", "recorder", "run", "seats", "slot", "status")
 
     def __init__(self, run: _Run, slot: _Slot, episode: Episode) -> None:
         self.run = run
@@ -397,6 +427,7 @@ class _Play:
         self.episode = episode
         self.recorder = Recorder()
         self.seats: dict[str, _Seat] = {}
+        self.guide = None if episode.guidance is None else _Guide(episode.guidance)
         self.metrics: dict[str, float] = {}
         self.final: dict[str, Observation] = {}
         self.status: Status = "terminated"
@@ -525,7 +556,7 @@ class _Play:
         policy = self.run.runner.policy_of(agent)
         self.slot.phase = "act"
         session = await stack.enter_async_context(policy.session(self.episode, agent))
-        seat = self.seats[agent] = _Seat(session)
+        seat = self.seats[agent] = _Seat(session, self.guide)
         return seat
 
     async def _act_together(self, observations: Mapping[str, Observation], stack: AsyncExitStack) -> dict[str, Action]:

@@ -15,6 +15,7 @@ template's text departs from what was said, "refuse" raises.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,7 @@ import msgspec
 
 from agentgym.errors import ModelError
 from agentgym.modeling.templates import CHATML
-from agentgym.types import Image, Message, ToolCall
+from agentgym.types import Action, Image, Message, Text, ToolCall
 
 History = Literal["append", "branch", "refuse"]
 Tools = Sequence[dict[str, Any]]
@@ -88,6 +89,16 @@ def as_dict(message: Message) -> dict[str, Any]:
             for c in message.tool_calls
         ]
     return found
+
+
+def with_hint(messages: Sequence[Message], hint: str) -> tuple[Message, ...]:
+    """The messages with a hint behind them: in the last one where the user speaks it (some templates want speakers to
+    take turns), else as a message of the user."""
+    if not messages or messages[-1].role != "user":
+        return (*messages, Message(role="user", content=hint))
+    said = messages[-1].content
+    behind: Any = f"{said}\n\n{hint}" if isinstance(said, str) else (*said, Text(text=f"\n\n{hint}"))
+    return (*messages[:-1], messages[-1].replace(content=behind))
 
 
 class Renderer:
@@ -169,6 +180,16 @@ class Renderer:
         ended = bool(ids) and ids[-1] in self.end_ids
         return parse(self.decode(ids[:-1] if ended else ids))
 
+    def ids_of(self, action: Action) -> list[int]:
+        """Ids of an action as the template writes it, end mark included: what a model would have to sample."""
+        asked = {"role": "user", "content": "x"}
+        said = as_dict(Message(role="assistant", content=action.text, tool_calls=action.tool_calls))
+        opening = self.text([asked], prompt=True)
+        whole = self.text([asked, said], prompt=False)
+        body = whole.removeprefix(opening) if whole.startswith(opening) else action.text + self.end_text
+        end = body.rfind(self.end_text)
+        return self.encode(body[: end + len(self.end_text)])
+
     def conversation(self) -> Conversation:
         return Conversation(self)
 
@@ -219,6 +240,12 @@ class Conversation:
         self._messages: list[dict[str, Any]] = []
         self._tools: Tools = ()
         self._branching = renderer.history == "branch" and renderer.rewrites
+
+    def fork(self) -> Conversation:
+        """An independent copy."""
+        twin = copy.copy(self)
+        twin.ids, twin._messages = list(self.ids), list(self._messages)
+        return twin
 
     def observe(self, messages: Sequence[Message], tools: Tools = ()) -> Prompt:
         """Add what is new since the last reply."""

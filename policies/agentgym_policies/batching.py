@@ -26,7 +26,8 @@ class Job:
     """One reply: tokens so far, and how it ended.
 
     `context` is the row's whole context, of which the row knows the first `keep`; `room` is the most tokens to sample;
-    `ticket` belongs to whoever waits. `finished` is called in the engine thread.
+    `ticket` belongs to whoever waits. `finished` is called in the engine thread. The reply begins with the ids of
+    `begin`, which are not drawn: the first was decided on with log-probability `said`, the others follow from it.
     """
 
     row: Row
@@ -36,6 +37,8 @@ class Job:
     key: int
     room: int
     finished: Callable[[Job], None]
+    begin: tuple[int, ...] = ()
+    said: float = 0.0
     ticket: Any = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -44,6 +47,11 @@ class Job:
     finish: Literal["stop", "length", "interrupted", ""] = ""
     error: BaseException | None = None
     cancelled: bool = False
+
+    @property
+    def forced(self) -> int | None:
+        """The id that comes next, where that is not left to the noise."""
+        return self.begin[len(self.ids)] if len(self.ids) < len(self.begin) else None
 
 
 class Batcher:
@@ -183,12 +191,15 @@ class Batcher:
             self.idle[id(row)] = row
 
     def _extend(self, jobs: list[Job], logits: torch.Tensor) -> None:
-        drawn = draw(logits, [j.sampling for j in jobs], [j.key for j in jobs], [len(j.ids) for j in jobs])
+        at, forced = [len(j.ids) for j in jobs], [j.forced for j in jobs] if any(j.begin for j in jobs) else None
+        drawn = draw(logits, [j.sampling for j in jobs], [j.key for j in jobs], at, forced)
         self.counts["sampled"] += len(jobs)
         for job, token, logprob, processed in zip(jobs, *drawn, strict=True):
             self._append(job, token, logprob, processed)
 
     def _append(self, job: Job, token: int, logprob: float, processed: float) -> None:
+        if job.forced is not None:
+            processed = 0.0 if job.ids else job.said
         job.ids.append(token)
         job.logprobs.append(logprob)
         job.processed.append(processed)

@@ -28,7 +28,7 @@ import msgspec
 
 from agentgym import seeding
 from agentgym.errors import ConfigError, EngineFault, ModelError
-from agentgym.modeling.renderer import as_dict, parse
+from agentgym.modeling.renderer import as_dict, parse, with_hint
 from agentgym.policy import left
 from agentgym.types import Action, Episode, Message, Observation, Sampling, ToolCall
 
@@ -95,6 +95,12 @@ class Endpoint:
         return self.concurrency - (line.busy if line else 0)
 
     def session(self, episode: Episode, agent: str) -> EndpointSession:
+        """`ConfigError` for an episode whose first reply is begun for it: a server cannot be made to begin with it."""
+        if episode.guidance is not None and episode.guidance.begin:
+            raise ConfigError(
+                f"a chat endpoint cannot begin its reply with {episode.guidance.begin!r}; play guidance.begin with an"
+                " engine of our own (agentgym_policies.torch_engine)"
+            )
         return EndpointSession(self, episode, agent)
 
     async def aclose(self) -> None:
@@ -202,6 +208,7 @@ class EndpointSession:
         self._messages: list[dict[str, Any]] = []
         self._open: list[str] = []  # ids of the last reply's tool calls
         self._tools: Sequence[dict[str, Any]] = ()
+        self._hint = "" if episode.guidance is None else episode.guidance.hint
         self._noise = (episode.seed, episode.member, agent)
         self._turn = 0
         self._left = False
@@ -217,12 +224,8 @@ class EndpointSession:
 
     async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
         """The server's reply to the conversation so far and what is new. Raises `EngineFault`."""
-        if self._left:
-            raise left()
-        if observation.array is not None:
-            raise ModelError("a chat endpoint cannot read an array observation; wrap the environment to speak text")
-        messages = [*self._messages, *wired(observation.messages, self._open)]
-        tools = self._tools or observation.tools
+        new = with_hint(observation.messages, self._hint) if self._hint else observation.messages
+        messages, tools = self._heard(observation, new)
         noise = (*self._noise, self._turn)
         body = {"messages": messages, **drawn(sampling or self.endpoint.sampling)}
         body["seed"] = seeding.key("endpoint", *noise) >> 33
@@ -230,10 +233,28 @@ class EndpointSession:
             body["tools"] = tools
         reply = await self.endpoint.complete(body, *noise)
         text, calls = understood(reply, self._turn, hermes=bool(tools))
-        said = as_wire(Message(role="assistant", content=text, tool_calls=calls))
+        self._hint = ""
+        self._said(messages, tools, text, calls)
+        return Action(text=text, tool_calls=calls)
+
+    async def tell(self, observation: Observation, action: Action) -> None:
+        """A reply that the server did not give: it reads it as its own."""
+        messages, tools = self._heard(observation, observation.messages)
+        calls = [c if c.id else c.replace(id=f"call_{self._turn}_{n}") for n, c in enumerate(action.tool_calls)]
+        self._said(messages, tools, action.text, calls)
+
+    def _heard(self, observation: Observation, new: Sequence[Message]) -> tuple[list[dict[str, Any]], Any]:
+        """The messages so far with the new ones behind them, and the tools."""
+        if self._left:
+            raise left()
+        if observation.array is not None:
+            raise ModelError("a chat endpoint cannot read an array observation; wrap the environment to speak text")
+        return [*self._messages, *wired(new, self._open)], self._tools or observation.tools
+
+    def _said(self, messages: list[dict[str, Any]], tools: Any, text: str, calls: Sequence[ToolCall]) -> None:
+        said = as_wire(Message(role="assistant", content=text, tool_calls=tuple(calls)))
         self._messages, self._tools, self._open = [*messages, said], tools, [call.id for call in calls]
         self._turn += 1
-        return Action(text=text, tool_calls=calls)
 
 
 # --- to the server ----------------------------------------------------------------------------------------------

@@ -84,12 +84,22 @@ def invert(logprobs: Tensor, noise: NDArray[np.float64]) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
-def draw(logits: Tensor, samplings: Sequence[Sampling], keys: Sequence[int], positions: Sequence[int]) -> Drawn:
-    """One token per row. `keys` and `positions` (index within the reply) give the noise."""
+def draw(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    keys: Sequence[int],
+    positions: Sequence[int],
+    forced: Sequence[int | None] | None = None,
+) -> Drawn:
+    """One token per row. `keys` and `positions` (index within the reply) give the noise; a `forced` id is not drawn,
+    and its second log-prob is for whoever forced it to say."""
     raw = logits.float().log_softmax(-1)
     processed = raw if all(map(plain, samplings)) else processed_logprobs(raw, samplings)
     noise = uniforms(np.array(keys, np.uint64), np.array(positions, np.int64))
     chosen = invert(processed, noise)[:, None]
+    for row, token in enumerate(forced or ()):
+        if token is not None:
+            chosen[row] = token
     logprobs = raw.gather(-1, chosen)[:, 0].tolist()
     same = processed is raw
     return Drawn(chosen[:, 0].tolist(), logprobs, logprobs if same else processed.gather(-1, chosen)[:, 0].tolist())

@@ -55,7 +55,7 @@ def test_demonstrations_have_the_engines_ids() -> None:
 def test_tool_calls_are_written_as_the_template_writes_them() -> None:
     renderer = Renderer(train_bpe(["search ask brand"], 300))
     call = Action(text="", tool_calls=(ToolCall(name="search", arguments={"q": "red"}),))
-    text, calls = renderer.reply(sft.reply_ids(renderer, call))
+    text, calls = renderer.reply(renderer.ids_of(call))
     assert text == ""
     assert [(c.name, c.arguments) for c in calls] == [("search", {"q": "red"})]
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from agentgym.env import Environment, task_list
 from agentgym.errors import ConfigError, unknown
-from agentgym.modeling.renderer import Renderer, as_dict
+from agentgym.modeling.renderer import Renderer
 from agentgym.policy import Policy, Session
 from agentgym.rollout import Runner, episodes
 from agentgym.seeding import key, rng, share
-from agentgym.types import Action, Batch, Episode, Ids, Message, TokenSpan, Trajectory, Turns, iterate
+from agentgym.types import Batch, Episode, Ids, TokenSpan, Trajectory, Turns, iterate
 from agentgym_trainers.config import Config, WarmupConfig
 
 # --- copy warm-up -----------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def with_spans(renderer: Renderer, trajectory: Trajectory) -> Trajectory:
     for turn in iterate(trajectory.turns):
         conversation = conversations.setdefault(turn.agent, renderer.conversation())
         prompt = conversation.observe(turn.observation.messages, turn.observation.tools)
-        ids = reply_ids(renderer, turn.action)
+        ids = renderer.ids_of(turn.action)
         suffix = conversation.reply(ids)
         span = TokenSpan(
             prompt=Ids(prompt.ids), ids=Ids(ids), suffix=Ids(suffix), branch=prompt.branch, parent=prompt.parent
@@ -103,17 +103,6 @@ def with_spans(renderer: Renderer, trajectory: Trajectory) -> Trajectory:
         turns.append(turn.replace(action=turn.action.replace(span=span)))
     shown: Trajectory = trajectory.replace(turns=Turns(items=tuple(turns)))
     return shown
-
-
-def reply_ids(renderer: Renderer, action: Action) -> list[int]:
-    """Ids of an action as the template writes it, end mark included: what a model would have to sample."""
-    asked = {"role": "user", "content": "x"}
-    said = as_dict(Message(role="assistant", content=action.text, tool_calls=action.tool_calls))
-    opening = renderer.text([asked], prompt=True)
-    whole = renderer.text([asked, said], prompt=False)
-    body = whole.removeprefix(opening) if whole.startswith(opening) else action.text + renderer.end_text
-    end = body.rfind(renderer.end_text)
-    return renderer.encode(body[: end + len(renderer.end_text)])
 
 
 def batch_of(demonstrations: Sequence[Trajectory], size: int, seed: int, step: int) -> list[Trajectory]:
