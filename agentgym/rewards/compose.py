@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 from agentgym.errors import ConfigError, RecordError
+from agentgym.rewards.composites import expanded
 from agentgym.rewards.nodes import Builder, Declaration, Leaf, View, tables
 from agentgym.rewards.ops import OPS
 from agentgym.rewards.views import DERIVED, POTENTIAL_SUFFIXES, carried
@@ -50,8 +51,8 @@ class Composer:
 
     def __init__(self, declaration: Declaration, *, debug: bool | None = None) -> None:
         builder = Builder(OPS)
-        self.declaration = declaration
-        self._node = builder.node(declaration, 1.0)
+        self.declaration = parsed(declaration)
+        self._node = builder.node(self.declaration, 1.0)
         self._leaves = builder.leaves
         self.names = tuple(dict.fromkeys(leaf.name for leaf in self._leaves if leaf.name is not None))
         self.derived = tuple(name for name in self.names if name.startswith(DERIVED))
@@ -129,17 +130,17 @@ def composer(declaration: Declaration, *, debug: bool | None = None) -> Composer
 
     `debug` (default: whether AGENTGYM_DEBUG=1) checks the reconciliation on every call.
     """
-    return Composer(parsed(declaration), debug=debug)
+    return Composer(declaration, debug=debug)
 
 
 def parsed(declaration: Declaration) -> Declaration:
-    """A declaration with "sum" and JSON text written out as tables."""
+    """A declaration with "sum", JSON text and composites written out as tables."""
     if declaration == "sum":
         return {"op": "sum"}
     if not isinstance(declaration, str) or not declaration.lstrip().startswith("{"):
-        return declaration
+        return cast(Declaration, expanded(declaration))
     try:
-        return cast(Declaration, json.loads(declaration))
+        return cast(Declaration, expanded(json.loads(declaration)))
     except json.JSONDecodeError as error:
         raise ConfigError(f"a reward declaration in text is JSON; {error}: {declaration!r:.80}") from error
 
@@ -155,7 +156,7 @@ def check_reconciles(composed: Composed) -> None:
 def check_gamma(declaration: Declaration, gamma: float) -> None:
     """Refuse potential shaping with another discount than the learner's: only then does it leave the optimum alone
     (Ng, Harada, Russell 1999)."""
-    for table in tables(declaration):
+    for table in tables(parsed(declaration)):
         if table.get("op") == "potential" and table.get("gamma") != gamma:
             raise ConfigError(
                 f"potential {table.get('name')!r} has gamma = {table.get('gamma')}, the learner has gamma = {gamma}; "

@@ -64,9 +64,9 @@ class Leaf:
 
 
 class Op(NamedTuple):
-    """An operation: what builds it, and the keys of its table."""
+    """An operation: what builds it (None: it is an occurrence), and the keys of its table."""
 
-    build: Callable[[Builder, Table, float | None], Node]
+    build: Callable[[Builder, Table, float | None], Node] | None
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
@@ -92,9 +92,9 @@ class Builder:
         if isinstance(declared, str):
             return self.leaf(declared, neutral, slope)
         op = self._op(declared)
-        if declared["op"] == "term":
+        if op.build is None:
             default = finite(declared["default"], "'default'") if "default" in declared else None
-            return self.leaf(declared["name"], neutral, slope, default)
+            return self.leaf(declared.get("name"), neutral, slope, default)
         return op.build(self, declared, slope)
 
     def condition(self, declared: Any, key: str, sign: float = 1.0) -> Leaf:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from agentgym.errors import ConfigError
-from agentgym.rewards.nodes import Builder, Node, Op, Table, View, children, finite
+from agentgym.errors import ConfigError, RecordError
+from agentgym.rewards.nodes import Builder, Leaf, Node, Op, Table, View, children, finite
 
 
 def _extreme(pick: Callable[[list[tuple[float, int]]], tuple[float, int]]) -> Callable[..., Node]:
@@ -37,6 +37,23 @@ def _product(b: Builder, d: Table, slope: float | None) -> Node:
     """The product of the parts; a term's neutral value in it is 1."""
     parts = [b.node(part, None, neutral=1.0) for part in children(d)]
     return lambda view: math.prod(part(view) for part in parts)
+
+
+def _ratio(b: Builder, d: Table, slope: float | None) -> Node:
+    """of / by, a term's neutral value in `by` being 1; `otherwise` (else a refusal) where `by` is 0: a share."""
+    otherwise = finite(d["otherwise"], "'otherwise'") if "otherwise" in d else None
+    part, whole = b.node(d["of"], None), b.node(d["by"], None, neutral=1.0)
+    if not isinstance(whole, Leaf):
+        raise ConfigError(f"'by' of a ratio is a term's name; got {d['by']!r:.80}")
+
+    def share(above: float, below: float) -> float:
+        if below:
+            return above / below
+        if otherwise is None:
+            raise RecordError(f"{d['of']!r:.40} by {d['by']!r:.40} divides by 0; say what it is with 'otherwise'")
+        return otherwise
+
+    return lambda view: share(part(view), whole(view))
 
 
 def _mean_minus_variance(b: Builder, d: Table, slope: float | None) -> Node:
@@ -77,6 +94,7 @@ OPS = {
     "min": Op(_extreme(min), ("of",)),
     "max": Op(_extreme(_greatest), ("of",)),
     "product": Op(_product, ("of",)),
+    "ratio": Op(_ratio, ("of", "by"), ("otherwise",)),
     "mean_minus_variance": Op(_mean_minus_variance, ("of", "lambda"), ("ddof",)),
     "lexicographic": Op(_lexicographic, ("of",), ("levels",)),
 }

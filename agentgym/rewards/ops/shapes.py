@@ -70,7 +70,7 @@ def _pairs(declared: Table, key: str) -> list[tuple[float, float]]:
 
 
 def _steps(b: Builder, d: Table, slope: float | None) -> Node:
-    """Levels of a score: the value of the highest threshold that the part reaches, below all of them `otherwise` (0)."""
+    """Levels of a score: the value of the highest threshold that the part reaches, below all of them `otherwise`."""
     pairs = _pairs(d, "levels")
     edges = [x for x, _ in pairs]
     values = [finite(d.get("otherwise", 0.0), "'otherwise'"), *(y for _, y in pairs)]

@@ -11,11 +11,6 @@ from agentgym.errors import ConfigError
 from agentgym.rewards.nodes import Builder, Node, Op, Table, finite, times
 
 
-def _sum(b: Builder, d: Table, slope: float | None) -> Node:
-    """The whole ledger, without potentials and what the trainer derived."""
-    return b.leaf(None, 0.0, slope)
-
-
 def _weighted_sum(b: Builder, d: Table, slope: float | None) -> Node:
     """bias + sum of weight x term + further parts."""
     bias = finite(d.get("bias", 0.0), "'bias'")
@@ -95,8 +90,8 @@ def _lagrangian(b: Builder, d: Table, slope: float | None) -> Node:
 
 
 OPS = {
-    "sum": Op(_sum),
-    "term": Op(_sum, ("name",), ("default",)),
+    "sum": Op(None),  # the whole ledger, without potentials and what the trainer derived
+    "term": Op(None, ("name",), ("default",)),
     "weighted_sum": Op(_weighted_sum, (), ("of", "bias", "plus")),
     "scale": Op(_scale, ("of", "factor"), ("offset",)),
     "relative_to_baseline": Op(_relative_to_baseline, ("of", "baseline")),
