@@ -164,11 +164,11 @@ class Learner:
 
     @torch.no_grad()
     def _micro(self, batch: Batch) -> _Micro:
-        old = self._logprobs(batch)[0] if self.objective.proximal == "learner" else None
-        reference = None if self.reference is None else self._logprobs(batch, self.reference)[0]
+        old = self.logprobs(batch)[0] if self.objective.proximal == "learner" else None
+        reference = None if self.reference is None else self.logprobs(batch, self.reference)[0]
         return _Micro(batch, old, reference)
 
-    def _logprobs(self, batch: Batch, module: nn.Module | None = None, entropy: bool = False) -> tuple[Tensor, Tensor]:
+    def logprobs(self, batch: Batch, module: nn.Module | None = None, entropy: bool = False) -> tuple[Tensor, Tensor]:
         return token_logprobs(
             self.trainable.module() if module is None else module,
             batch,
@@ -186,13 +186,13 @@ class Learner:
             found.backward()
             value += float(found.detach())
             sums.append(part_sums)
-        norm = self._move()
+        norm = self.move()
         return {"loss": value, "grad_norm": norm, "tokens": float(total.tokens), **summarise(sums, total)}
 
     def tokens(self, part: _Micro) -> Tokens:
         """The trained tokens of a micro-batch, with gradient."""
         batch = part.batch
-        logp, entropy = self._logprobs(batch, entropy=True)
+        logp, entropy = self.logprobs(batch, entropy=True)
         at = torch.from_numpy(np.flatnonzero(batch.mask)).to(logp.device)
         owner = np.repeat(np.arange(len(batch.owners)), np.diff(batch.bounds))
         sampled = torch.from_numpy(batch.logprobs).to(logp.device)
@@ -207,7 +207,7 @@ class Learner:
             entropy=entropy[at],
         )
 
-    def _move(self) -> float:
+    def move(self) -> float:
         """Clip, check and apply the accumulated gradient; its norm before clipping."""
         bound = self.optim.clip or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, bound))
