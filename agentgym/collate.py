@@ -4,20 +4,23 @@ One sequence per (trajectory, agent, branch), tokens exactly as they were render
 begins with a copy of its parent's tokens as context. Only ids that a turn's action sampled are trained on (mask 1).
 Rejected drafts stay in the branch where they were sampled, because later tokens were conditioned on them, as context
 (mask 0); a sequence without a trained token is left out, and so is every failed trajectory.
+
+Where an episode's guidance says context = "original", its hinted prompts are replaced by what they would have been
+without the hint. The log-probs stay those of the sampler, which read the hint: off-policy, and for the ratio to mend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agentgym import seeding
 from agentgym.errors import ConfigError, RecordError
-from agentgym.types import Batch, TokenSpan, Trajectory, Turn, iterate
+from agentgym.types import Batch, Ids, TokenSpan, Trajectory, Turn, iterate
 
 UNRECORDED = -1
 """In `Batch.versions`: a token nobody sampled, or sampled without saying by which weights."""
@@ -36,14 +39,24 @@ Chunk = dict[str, NDArray[np.generic]]
 
 @dataclass(slots=True)
 class _Sequence:
-    """A branch under construction: chunks of the columns, `length` tokens of which `trained` are trained on."""
+    """A branch under construction: chunks of the columns, `length` tokens of which `trained` are trained on.
+
+    `removed` holds, for each hinted prompt built without its hint, where it stood in the record: (start, stop, tokens
+    fewer).
+    """
 
     owner: int
     agent: str
     branch: int
     chunks: list[Chunk] = field(default_factory=list)
+    removed: list[tuple[int, int, int]] = field(default_factory=list)
     length: int = 0
     trained: int = 0
+
+    @property
+    def recorded(self) -> int:
+        """Its length in the record."""
+        return self.length + sum(fewer for _, _, fewer in self.removed)
 
     def add(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
@@ -111,6 +124,8 @@ class _Branches:
             )
         self.owner, self.trajectory, self.values = owner, trajectory, values
         self.labels, self.behaviour = labels, behaviour
+        guidance = trajectory.episode.guidance
+        self.original = guidance is not None and guidance.context == "original"
         self.found: dict[tuple[str, int], _Sequence] = {}
 
     def sequences(self) -> list[_Sequence]:
@@ -128,14 +143,27 @@ class _Branches:
 
     def _span(self, index: int, agent: str, span: TokenSpan, trained: bool) -> None:
         sequence = self._branch(agent, span)
-        if trained and len(span.ids) and not sequence.length + len(span.prompt):
+        prompt = self._prompt(index, sequence, span)
+        if trained and len(span.ids) and not sequence.length + len(prompt):
             raise RecordError(f"{self._where(index)}: the first token of a sequence was sampled; it needs a prompt")
-        if len(span.prompt):
-            sequence.add(_plain(span.prompt.numpy()))
+        if len(prompt):
+            sequence.add(_plain(prompt.numpy()))
         if len(span.ids):
             sequence.add(self._sampled(index, span) if trained else _plain(span.ids.numpy(), index))
         if len(span.suffix):
             sequence.add(_plain(span.suffix.numpy()))
+
+    def _prompt(self, index: int, sequence: _Sequence, span: TokenSpan) -> Ids:
+        """The prompt this span is trained under."""
+        if span.context != "hinted" or not self.original:
+            return span.prompt
+        if not len(span.unhinted):
+            raise RecordError(
+                f"{self._where(index)}: a hinted span without its unhinted prompt, for context 'original'"
+            )
+        start = sequence.recorded
+        sequence.removed.append((start, start + len(span.prompt), len(span.prompt) - len(span.unhinted)))
+        return span.unhinted
 
     def _branch(self, agent: str, span: TokenSpan) -> _Sequence:
         """The branch this span extends; a new one begins with its parent's tokens as context."""
@@ -143,17 +171,24 @@ class _Branches:
         if key not in self.found:
             self.found[key] = _Sequence(self.owner, agent, span.branch)
             if span.parent is not None:
-                self.found[key].add(_plain(self._context(agent, *span.parent)))
+                self._inherit(self.found[key], *span.parent)
         return self.found[key]
 
-    def _context(self, agent: str, branch: int, length: int) -> NDArray[np.generic]:
-        parent = self.found.get((agent, branch))
-        if parent is None or not 0 <= length <= parent.length:
-            held = "does not exist" if parent is None else f"has {parent.length} tokens"
-            raise RecordError(
-                f"{self.trajectory.episode.id}: forked after {length} tokens of branch {branch}, which {held}"
-            )
-        return parent.column("ids")[:length] if length else np.zeros(0, np.int32)
+    def _inherit(self, sequence: _Sequence, branch: int, length: int) -> None:
+        """Begin a sequence with `length` recorded tokens of another branch."""
+        parent = self.found.get((sequence.agent, branch))
+        held = "does not exist" if parent is None else f"has {parent.recorded} tokens"
+        if parent is None or not 0 <= length <= parent.recorded:
+            self._misfork(branch, length, held)
+        if any(start < length < stop for start, stop, _ in parent.removed):
+            self._misfork(branch, length, "was hinted just there: it cannot be trained under the original prompt")
+        removed = [cut for cut in parent.removed if cut[1] <= length]
+        kept = length - sum(fewer for _, _, fewer in removed)
+        sequence.add(_plain(parent.column("ids")[:kept] if kept else np.zeros(0, np.int32)))
+        sequence.removed = removed
+
+    def _misfork(self, branch: int, length: int, why: str) -> NoReturn:
+        raise RecordError(f"{self.trajectory.episode.id}: forked after {length} tokens of branch {branch}, which {why}")
 
     def _sampled(self, index: int, span: TokenSpan) -> Chunk:
         """The columns of sampled ids: [N] each."""
