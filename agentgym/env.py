@@ -13,7 +13,7 @@ from agentgym.types import AGENT, Action, Observation, StepResult, Task, only
 if TYPE_CHECKING:
     from agentgym.policy import Policy
 
-CAPABILITIES = ("replay", "fork", "ladder", "hidden_twin")
+CAPABILITIES = ("replay", "fork", "ladder", "hidden_twin", "hints")
 
 
 class Environment(ABC):
@@ -66,6 +66,14 @@ class Environment(ABC):
     def hidden_twin(self, task: Task) -> Task:
         """A task that differs only in what the agent has not been told (capability "hidden_twin")."""
         raise ConfigError(f"{self.id} does not claim the capability 'hidden_twin'")
+
+    def hint(self, task: Task, level: int) -> str:
+        """A help for this task that never gives its answer away (capability "hints").
+
+        Level 1 says least; a level beyond the strongest gives the strongest. It reads what the agent may not, so it is
+        for training alone: `Guidance.hint`.
+        """
+        raise ConfigError(f"{self.id} does not claim the capability 'hints'")
 
 
 class SingleAgentEnv(Environment):

@@ -34,7 +34,7 @@ class Clerk(SingleAgentEnv):
     """The customer wants one of six things and says which when asked; picking one ends the episode."""
 
     id = "clerk-v0"
-    capabilities = frozenset({"replay", "fork", "ladder", "hidden_twin"})
+    capabilities = frozenset({"replay", "fork", "ladder", "hidden_twin", "hints"})
     expected: ClassVar[str] = ""
     """The one check that must fail."""
 
@@ -79,6 +79,9 @@ class Clerk(SingleAgentEnv):
         other = ITEMS[(ITEMS.index(task.payload["wanted"]) + 1) % len(ITEMS)]
         twin: Task = task.replace(payload={**task.payload, "wanted": other})
         return twin
+
+    def hint(self, task: Task, level: int) -> str:
+        return "Ask what is wanted."
 
 
 def guess(seed: int, task: Task) -> Any:
@@ -330,6 +333,27 @@ class TwinIsTheTask(Clerk):
 
     def hidden_twin(self, task: Task) -> Task:
         return task
+
+
+class HintRevealsTheAnswer(Clerk):
+    expected = "hints"
+
+    def hint(self, task: Task, level: int) -> str:
+        return f"It begins with {task.payload['wanted'][0]}." if level > 2 else "Ask what is wanted."
+
+
+class HintOfAnotherMood(Clerk):
+    expected = "hints"
+
+    def hint(self, task: Task, level: int) -> str:
+        return f"Ask {random.random()} times."
+
+
+class HintWithoutWords(Clerk):
+    expected = "hints"
+
+    def hint(self, task: Task, level: int) -> str:
+        return "" if level > 3 else "Ask."
 
 
 BROKEN = [c for c in list(globals().values()) if isinstance(c, type) and issubclass(c, Clerk) and c is not Clerk]

@@ -1,4 +1,4 @@
-"""What an environment claims beyond the contract: replay, fork, ladder, hidden_twin."""
+"""What an environment claims beyond the contract: replay, fork, ladder, hidden_twin, hints."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ from agentgym.types import Action, Episode, Task, ToolCall, decode, encode
 
 LADDER_TASKS = (32, 64, 128, 256)
 ANCHORS = ("random", "oracle")
+HINT_LEVELS = 4
+"""Levels asked for: more than most environments have, as a strategy may ask for more."""
 
 
 # --- replay -----------------------------------------------------------------------------------------------------
@@ -220,3 +222,26 @@ async def _indistinct(subject: Subject, task: Task, twin: Task, name: str, polic
                 when = "the first observation" if not step else f"the answer to step {step - 1}"
                 raise CheckFailed(f"task {task.id}: under {name}, {when} tells the twin apart: {apart}")
     return len(one.observations)
+
+
+# --- hints ------------------------------------------------------------------------------------------------------
+
+
+async def hints(subject: Subject) -> str:
+    """Every level of every task has words, always the same, and the same for the hidden twin: they reveal nothing."""
+    subject.require("hints")
+    env = subject.env
+    found: set[str] = set()
+    twins = "hidden_twin" in env.capabilities
+    for task in subject.tasks():
+        for level in range(1, HINT_LEVELS + 1):
+            hint = env.hint(task, level)
+            where = f"task {task.id}: the hint of level {level}"
+            if not isinstance(hint, str) or not hint.strip():
+                raise CheckFailed(f"{where} is {hint!r}; a hint is a text that says something")
+            if hint != env.hint(task, level):
+                raise CheckFailed(f"{where} is another when asked for again")
+            if twins and hint != env.hint(env.hidden_twin(task), level):
+                raise CheckFailed(f"{where} tells the task from its hidden twin, so it gives away what is hidden")
+            found.add(hint)
+    return f"{len(found)} different hints" + (", none of which tells a task from its hidden twin" if twins else "")

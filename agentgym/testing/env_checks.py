@@ -29,6 +29,7 @@ ITEMS = (
     Item("fork", capabilities.fork, (*SAME, "concurrency")),
     Item("ladder", capabilities.ladder, ("attribution",)),
     Item("hidden_twin", capabilities.hidden_twin, SAME),
+    Item("hints", capabilities.hints),
 )
 
 

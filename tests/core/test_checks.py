@@ -65,7 +65,13 @@ def test_what_is_absent_is_not_claimed():
 
     report = check_env(Plain(), **QUICK, processes=False)
     assert report.ok
-    assert [c.name for c in report.checks if c.status == "not_claimed"] == ["replay", "fork", "ladder", "hidden_twin"]
+    assert [c.name for c in report.checks if c.status == "not_claimed"] == [
+        "replay",
+        "fork",
+        "ladder",
+        "hidden_twin",
+        "hints",
+    ]
 
 
 def test_an_unheard_capability_is_named():
