@@ -80,7 +80,7 @@ def _hero(run: Run) -> str:
 def evaluations(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
     """(name, figures) of every evaluation that the run holds, in the order made.
 
-    They are the lines of metrics.jsonl with an `evaluation`: the fields of `agentgym.evaluate.Evaluation`, whose
+    They are the lines of metrics.jsonl with an `evaluation`: the fields of `agentgym.evaluation.Evaluation`, whose
     `policy` is the name; `success_valid`, where there is one, is the success among valid episodes.
     """
     lines = (line["evaluation"] for line in run.metrics if isinstance(line.get("evaluation"), Mapping))

@@ -16,7 +16,7 @@ from agentgym.cli.environments import make, settings_of
 from agentgym.cli.output import Bar, emit, err, out, table
 from agentgym.env import Environment
 from agentgym.errors import ConfigError
-from agentgym.evaluate import Evaluation, evaluate
+from agentgym.evaluation import Evaluation, evaluate
 from agentgym.figures import figure, percent
 from agentgym.policy import Policy
 from agentgym.types import Sampling, Trajectory

@@ -2,7 +2,7 @@
 
 What it must have: `resolve(table)` to a checked config with `.table()`; `plan(config)`; and `train(config, out,
 resume=..., progress=...)`, which calls `progress(phase, done, total, figures)` and returns a record with `before`,
-`after` and `ladder`, evaluations as `agentgym.evaluate` makes them.
+`after` and `ladder`, evaluations as `agentgym.evaluation` makes them.
 """
 
 from __future__ import annotations

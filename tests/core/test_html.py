@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from agentgym import charts
 from agentgym.env import task_list
-from agentgym.evaluate import evaluate
+from agentgym.evaluation import evaluate
 from agentgym.html import trajectory_html, trajectory_page
 from agentgym.report import curves, evaluations, find, run_html, write_report
 from agentgym.rewards import composer

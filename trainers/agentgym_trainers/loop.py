@@ -27,7 +27,7 @@ from agentgym import registry
 from agentgym.advantages import advantages
 from agentgym.env import Environment
 from agentgym.errors import StoreError
-from agentgym.evaluate import evaluate
+from agentgym.evaluation import evaluate
 from agentgym.modeling import build
 from agentgym.policy import Policy
 from agentgym.report import write_report
@@ -49,7 +49,7 @@ SUPERVISED_EVERY = 200
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run came to. Evaluations hold the fields of `agentgym.evaluate.Evaluation` and `success_valid`, the
+    """What a run came to. Evaluations hold the fields of `agentgym.evaluation.Evaluation` and `success_valid`, the
     success among valid episodes; `ladder` the same for reference policies. `seconds` by phase."""
 
     out: str

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentgym.errors import ConfigError
-from agentgym.evaluate import evaluate, interval, standard_error, summarise
+from agentgym.evaluation import evaluate, interval, standard_error, summarise
 from agentgym.testing import CountingEnv, FlakyEnv
 from agentgym.types import Action, Episode, Failure, Observation, RewardTerm, Task, Trajectory, Turn, Turns
 
