@@ -1,7 +1,11 @@
-"""S5: detached weights for the mismatch between sampler and proximal policy, w = pi_proximal / pi_sampler."""
+"""S5: detached weights for the mismatch between sampler and proximal policy, w = pi_proximal / pi_sampler.
+
+A token whose sampler log-prob is NaN (not recorded) has w = 1. Corrections are multiplied in their order.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +13,9 @@ import torch
 from torch import Tensor
 
 from agentgym_trainers.objective import declare
-from agentgym_trainers.objective.tokens import CLAMP, Tokens, per_sequence
+from agentgym_trainers.objective.custom import call
+from agentgym_trainers.objective.regularisers import KLS
+from agentgym_trainers.objective.tokens import CLAMP, Tokens, greatest, per_sequence
 
 
 def weights(declared: Sequence[Any], t: Tokens) -> Tensor:
@@ -17,20 +23,69 @@ def weights(declared: Sequence[Any], t: Tokens) -> Tensor:
     found = torch.ones_like(t.old)
     for behaviour in declared:
         found = BEHAVIOURS[type(behaviour)](behaviour, t, found)
-    return found
+    return found.detach()
+
+
+def gap(t: Tokens) -> Tensor:
+    """log w of each token [M]."""
+    return (t.old - t.sampled).detach().nan_to_num(nan=0.0)
 
 
 def pooled(level: str, t: Tokens) -> Tensor:
-    """log w [M] per token, or one figure a sequence: its mean ("geometric") or sum ("product")."""
-    gap = (t.old - t.sampled).detach()
+    """w [M] per token, or one figure a sequence: the geometric mean or product of its tokens'."""
+    log = gap(t)
     if level != "token":
-        gap = per_sequence(gap, t, mean=level == "geometric")[t.sequence]
-    return gap.clamp(-CLAMP, CLAMP)
+        log = per_sequence(log, t, mean=level == "geometric")[t.sequence]
+    return log.clamp(-CLAMP, CLAMP).exp()
 
 
 def _truncate(b: declare.Truncate, t: Tokens, before: Tensor) -> Tensor:
-    return before * pooled(b.level, t).exp().clamp(max=b.cap)
+    return before * pooled(b.level, t).clamp(max=b.cap)
 
 
-BEHAVIOURS: dict[type[declare.Kind], Callable[[Any, Tokens, Tensor], Tensor]] = {declare.Truncate: _truncate}
+def _mask(b: declare.Mask, t: Tokens, before: Tensor) -> Tensor:
+    w = pooled(b.level, t)
+    return before * torch.where((w >= b.low) & (w <= b.high), w, 0.0)
+
+
+def _clamp(b: declare.Clamp, t: Tokens, before: Tensor) -> Tensor:
+    return before * pooled(b.level, t).clamp(b.low, b.high)
+
+
+def _veto(b: declare.Veto, t: Tokens, before: Tensor) -> Tensor:
+    least = -greatest(-gap(t), t.sequence, t.sequences)[t.sequence]
+    return torch.where(least < (math.log(b.floor) if b.floor else -math.inf), 0.0, before)
+
+
+def _reject(b: declare.Reject, t: Tokens, before: Tensor) -> Tensor:
+    found = KLS[b.form](gap(t))
+    if b.over == "max":
+        found = greatest(found, t.sequence, t.sequences)[t.sequence]
+    elif b.over != "token":
+        found = per_sequence(found, t, mean=b.over == "mean")[t.sequence]
+    return torch.where(found > b.bound, 0.0, before)
+
+
+def _off_policy_mask(b: declare.OffPolicyMask, t: Tokens, before: Tensor) -> Tensor:
+    drift = (t.sampled - t.logp).detach().nan_to_num(nan=0.0)
+    far = per_sequence(drift, t, mean=True)[t.sequence] > b.threshold
+    return torch.where(far & (t.advantages < 0), 0.0, before)
+
+
+def _normalise(b: declare.Normalise, t: Tokens, before: Tensor) -> Tensor:
+    """Weights that are all 0 stay 0."""
+    mean = before.sum() / max(len(before), 1)
+    return before / torch.where(mean > 0, mean, 1.0)
+
+
+BEHAVIOURS: dict[type[declare.Kind], Callable[[Any, Tokens, Tensor], Tensor]] = {
+    declare.Truncate: _truncate,
+    declare.Mask: _mask,
+    declare.Clamp: _clamp,
+    declare.Veto: _veto,
+    declare.Reject: _reject,
+    declare.OffPolicyMask: _off_policy_mask,
+    declare.Normalise: _normalise,
+    declare.Custom: call,
+}
 """(correction, tokens, weights so far) -> weights [M]"""

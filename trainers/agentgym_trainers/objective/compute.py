@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,52 +11,66 @@ from torch import Tensor
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.aggregations import aggregate
 from agentgym_trainers.objective.behaviours import weights
+from agentgym_trainers.objective.bounds import bounded
+from agentgym_trainers.objective.contrast import contrasted
 from agentgym_trainers.objective.declare import Objective
-from agentgym_trainers.objective.gates import gated
-from agentgym_trainers.objective.ratios import ratio_of
+from agentgym_trainers.objective.gates import clipped, gated
+from agentgym_trainers.objective.ratios import Parts, ratio_of
 from agentgym_trainers.objective.regularisers import KLS, penalty
 from agentgym_trainers.objective.tokens import Tokens, Totals
 
 
 def loss(objective: Objective, tokens: Tokens, total: Totals) -> tuple[Tensor, dict[str, float]]:
-    """The micro-batch's part of the loss, and sums over its tokens for the statistics (see `summarise`)."""
-    parts = ratio_of(objective.ratio, tokens)
-    gained = weights(objective.behaviour, tokens) * gated(objective.gate, tokens, parts)
-    found = -aggregate(objective.aggregation, gained, tokens, total)
-    for r in objective.regularisers:
-        if r.coef:
-            found = found + r.coef * aggregate(objective.aggregation, penalty(r, tokens), tokens, total)
-    return found, _sums(objective, tokens, parts.ratio().detach())
+    """The micro-batch's part of the loss, and sums over its tokens for the statistics (see `summarise`).
+
+    A `coupled` objective is given the tokens of the whole step."""
+    t = contrasted(objective.contrast, tokens)
+    parts = ratio_of(objective.ratio, t)
+    gate = bounded(objective.gate, t, parts)
+    w = weights(objective.behaviour, replace(t, old=t.logp.detach()) if objective.bypass else t)
+    found = -aggregate(objective.aggregation, w * gated(gate, t, parts), t, total)
+    for regulariser in objective.regularisers:
+        if not regulariser.coef and not isinstance(regulariser, declare.Perception):
+            continue
+        found = found + aggregate(objective.aggregation, penalty(regulariser, t), t, total)
+    return found, _sums(objective, gate, t, parts, w)
 
 
-def _sums(objective: Objective, t: Tokens, ratio: Tensor) -> dict[str, float]:
-    gate, clipped = objective.gate, torch.zeros(())
-    if isinstance(gate, declare.Clip):
-        up = (t.advantages > 0) & (ratio > 1 + gate.high)
-        down = (t.advantages < 0) & (ratio < 1 - gate.low)
-        clipped = (up | down).sum()
-    found: dict[str, Any] = {
-        "nll": -t.logp.detach().sum(),
+@torch.no_grad()
+def _sums(objective: Objective, gate: Any, t: Tokens, parts: Parts, w: Tensor) -> dict[str, float]:
+    ratio, (up, down) = parts.ratio, clipped(gate, t, parts)
+    found = {
+        "nll": -t.logp.sum(),
         "ratio": ratio.sum(),
-        "ratio_max": ratio.max() if len(ratio) else 0.0,
+        "ratio_max": ratio.max() if len(ratio) else ratio.sum(),
         "ratio_variance": ((ratio - 1) ** 2).sum(),
-        "clipped": clipped,
-        "kl": KLS["k3"]((t.logp - t.old).detach()).sum(),
-        "mismatch": (t.old - t.sampled).abs().sum(),
+        "clipped": (up | down).sum(),
+        "clipped_up": up.sum(),
+        "clipped_down": down.sum(),
+        "kl": KLS["k3"](t.logp - t.old).sum(),
+        "mismatch": (t.old - t.sampled).nan_to_num(nan=0.0).abs().sum(),
     }
-    if t.entropy is not None:
-        found["entropy"] = t.entropy.detach().sum()
+    if objective.behaviour:
+        found |= {"weight": w.sum(), "weight_squared": (w**2).sum()}
+    if isinstance(gate, declare.Clip) and gate is not objective.gate:
+        bounds = w.new_tensor([1 - gate.low, 1 + gate.high]) * len(w)
+        found |= {"bound_low": bounds[0], "bound_high": bounds[1]}
     if t.reference is not None:
-        found["kl_reference"] = KLS["k3"](t.reference - t.logp.detach()).sum()
-    return {name: float(value) for name, value in found.items()}
+        found["kl_reference"] = KLS["k3"](t.reference - t.logp).sum()
+    found |= {name: x.sum() for name in ("entropy", "divergence") if (x := getattr(t, name)) is not None}
+    return dict(zip(found, torch.stack([x.double() for x in found.values()]).tolist(), strict=True))
 
 
 def summarise(sums: list[dict[str, float]], total: Totals) -> dict[str, float]:
-    """Sums of micro-batches to figures per token; `ratio_max` is the largest."""
+    """Sums of micro-batches to figures per token; `ratio_max` is the largest, `ess` the effective share of the tokens
+    under the behaviour weights, (sum w)^2 / (M sum w^2)."""
     names = {name for part in sums for name in part}
-    return {
+    found = {
         name: max(part.get(name, 0.0) for part in sums)
         if name.endswith("_max")
         else sum(part.get(name, 0.0) for part in sums) / max(total.tokens, 1)
         for name in sorted(names)
     }
+    if squared := found.pop("weight_squared", 0.0):
+        found["ess"] = found["weight"] ** 2 / squared
+    return found

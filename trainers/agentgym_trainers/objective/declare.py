@@ -9,20 +9,21 @@
     regularisers = [{kind = "kl", coef = 0.001}]
     controllers = [{kind = "adaptive", of = "regularisers.0.coef", watch = "kl_reference", target = 0.01}]
 
-A kind is a class below, its fields are the kind's options, and `check` refuses what cannot be meant, with the reason.
-What the kinds compute stands in the module of their axis: ratios, gates, behaviours, aggregations, regularisers.
+A kind is a class below, its fields are the kind's options. What cannot be meant is refused, with the reason, by
+refusals.py. What the kinds compute stands in the module of their axis: ratios, gates, bounds, behaviours,
+aggregations, regularisers, contrast.
 Symbols: rho the ratio of the policy to the proximal one, A the advantage, w the weight for the sampler's mismatch.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import msgspec
 
 from agentgym.errors import ConfigError
+from agentgym_trainers.objective.refusals import check
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,11 +39,17 @@ class Kind(Struct, frozen=True, kw_only=True, tag_field="kind"):
 
 
 class Custom(Kind, frozen=True, kw_only=True, tag="custom"):
-    """A function of your own, `target` = "package.module:function", with the signature of the axis; `options` are
-    passed to it as keywords."""
+    """A function of your own, `target` = "package.module:function", with the signature of the axis (custom.py);
+    `options` are passed to it as keywords.
+
+    coupled    it reads tokens of other sequences, so that it must see the whole step
+    reference  it reads Tokens.reference
+    """
 
     target: str
     options: dict[str, Any] = {}
+    coupled: bool = False
+    reference: bool = False
 
 
 # --- S3a: where log-probs come from -----------------------------------------------------------------------------
@@ -90,16 +97,15 @@ class PrefixProduct(Kind, frozen=True, kw_only=True, tag="prefix_product"):
 
 
 class PrefixMin(Kind, frozen=True, kw_only=True, tag="prefix_min"):
-    """The least ratio before this token times its own. MinPRO (2601.22718); form and gradient are a reconstruction.
+    """The least ratio before this token times its own, the prefix detached. MinPRO (2601.22718); form and gradient are
+    a reconstruction. (Gate "detached" makes a detached weight of it.)
 
-    inclusive  the least ratio of the prefix with this token, alone
+    inclusive  the least ratio of the prefix with this token, alone, in token form
     cap_one    the prefix's least ratio is at most one
-    grad       "own": the prefix is detached; "none": the whole weight is, and the log-prob carries the gradient
     """
 
     inclusive: bool = False
     cap_one: bool = False
-    grad: Literal["own", "none"] = "own"
 
 
 class Mix(Kind, frozen=True, kw_only=True, tag="mix"):
@@ -125,9 +131,9 @@ Ratio = NoRatio | Token | TurnProduct | Geometric | SequenceProduct | PrefixProd
 
 
 class Adaptive(Struct, frozen=True, kw_only=True):
-    """BAPO's bounds (2510.18927): from the narrowest on, first c_low then c_high moves by `step` until the positive part
-    of the step's objective is at least `target` x the negative part (`balance` "ratio"), or that share of the
-    sum ("share"). `count` "value" counts as the released code does; "gradient" counts unclipped tokens only.
+    """BAPO's bounds (2510.18927): from the lowest on, first c_low then c_high rises by `step` until the positive part
+    of the step's objective is at least `target` x the negative part (`balance` "ratio"), or that share of the sum
+    ("share"). `count` "value" counts as the released code does; "gradient" counts unclipped tokens only.
     Bounds of the ratio itself: rho in [c_low, c_high]."""
 
     low: tuple[float, float] = (0.6, 0.8)
@@ -180,7 +186,8 @@ class SquaredLog(Kind, frozen=True, kw_only=True, tag="squared_log"):
 
 class Divergence(Kind, frozen=True, kw_only=True, tag="divergence"):
     """Keeps a token while its probability moved no further than the bound in the direction of A: A > 0 while
-    p - p_old <= high, else while p - p_old >= -low; `form` "kl" compares binary KLs of the token instead.
+    p - p_old <= high, else while p - p_old >= -low; `form` "kl" compares KL((p_old, 1 - p_old), (p, 1 - p)), which has
+    no sign, in that direction.
     weight "detached": sg(min(rho, cap)) A log pi; "ratio": rho A. DPPO (2602.04879)."""
 
     form: Literal["tv", "kl"] = "tv"
@@ -262,7 +269,7 @@ class Truncate(Kind, frozen=True, kw_only=True, tag="truncate"):
 
 
 class Mask(Kind, frozen=True, kw_only=True, tag="mask"):
-    """w where low <= w <= high, else 0 (the token count of the denominators stays). IcePop (token), MIS, geometric."""
+    """w where low <= w <= high, else 0; the denominators still count the token. IcePop (token), MIS, geometric."""
 
     level: Pooling = "token"
     low: float = 0.5
@@ -293,7 +300,8 @@ class Reject(Kind, frozen=True, kw_only=True, tag="reject"):
 
 
 class OffPolicyMask(Kind, frozen=True, kw_only=True, tag="off_policy_mask"):
-    """0 for a sequence with A < 0 whose mean (log-prob of the sampler - log-prob now) is above `threshold`."""
+    """0 for the tokens with A < 0 of a sequence whose mean (log-prob of the sampler - log-prob now) is above
+    `threshold`. Named after DeepSeek-V3.2 in trl."""
 
     threshold: float = 0.3
 
@@ -486,18 +494,32 @@ class Objective(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check(self)
+        alone = msgspec.structs.replace(self, controllers=()) if self.controllers else self
+        for controller in self.controllers:
+            ends = (
+                (controller.start, controller.end) if isinstance(controller, Schedule) else (get(self, controller.of),)
+            )
+            for value in ends:
+                put(alone, controller.of, value)
 
     @property
     def needs_reference(self) -> bool:
         """Whether a frozen reference policy takes part."""
         kls = (r for r in self.regularisers if isinstance(r, Kl | KlHinge))
-        return any(r.against == "reference" and (r.coef or self.controllers) for r in kls)
+        read = any(r.against == "reference" and (r.coef or self.controllers) for r in kls)
+        return read or any(custom.reference for custom in self._customs)
 
     @property
     def needs_sampler(self) -> bool:
         """Whether the sampler's log-probs are read, so that they must have been recorded."""
         against = any(isinstance(r, Kl | KlHinge) and r.against != "reference" for r in self.regularisers)
-        return not isinstance(self.ratio, NoRatio) or bool(self.behaviour) or against
+        return not isinstance(self.ratio, NoRatio) or bool(self.behaviour) or against or bool(self._customs)
+
+    @property
+    def bypass(self) -> bool:
+        """Whether nothing stands between policy and sampler, neither a ratio nor a proximal policy: corrections then
+        compare the policy itself with the sampler, w = sg(pi) / pi_sampler."""
+        return isinstance(self.ratio, NoRatio) and self.proximal == "sampler"
 
     @property
     def coupled(self) -> bool:
@@ -510,103 +532,17 @@ class Objective(Struct, frozen=True, kw_only=True):
             or (isinstance(self.gate, Clip) and self.gate.adaptive is not None)
             or any(isinstance(b, Normalise) for b in self.behaviour)
             or any(isinstance(r, KlHinge) for r in self.regularisers)
+            or any(custom.coupled for custom in self._customs)
         )
+
+    @property
+    def _customs(self) -> list[Custom]:
+        axes = (self.ratio, self.gate, *self.behaviour, self.aggregation, *self.regularisers, self.contrast)
+        return [choice for choice in axes if isinstance(choice, Custom)]
 
     def find(self, kind: type[Any]) -> Any:
         """The regulariser of this class, or None."""
         return next((r for r in self.regularisers if isinstance(r, kind)), None)
-
-
-# --- what cannot be meant ---------------------------------------------------------------------------------------
-
-_GATES: dict[type[Kind], tuple[type[Kind], ...]] = {
-    LevelsClip: (Levels,),
-    BranchClip: (Mix,),
-    LogClip: (Token,),
-    VariationBudget: (Token,),
-    Divergence: (Token,),
-    GammaWeight: (SequenceProduct, Geometric, Token),
-}
-"""Gates that act on the parts of a ratio, and the ratios that have such parts."""
-
-
-def check(o: Objective) -> None:
-    """Refuse combinations that cannot be meant, with the reason."""
-    for rule in (_numbers, _gate_fits, _corrects_once, _sequence_bounds, _controls):
-        rule(o)
-
-
-def _numbers(o: Objective) -> None:
-    for kind in (o.ratio, o.gate, o.aggregation, *o.behaviour, *o.regularisers):
-        for name, value in msgspec.structs.asdict(kind).items():
-            for x in value if isinstance(value, tuple) else (value,):
-                if isinstance(x, float | int) and not (x == x and abs(x) != float("inf") and x >= 0):
-                    raise ConfigError(f"{name} of {kind.kind!r} is a finite number from 0; got {value}")
-    if isinstance(o.gate, Clip) and (o.gate.low > 1 or 0 < o.gate.dual <= 1):
-        raise ConfigError(f"a clip has low <= 1, and dual above 1 (0 = off); got {o.gate.low}, {o.gate.dual}")
-    if isinstance(o.aggregation, ConstNorm) and o.aggregation.horizon < 1:
-        raise ConfigError(f"horizon of 'const_norm' is at least 1; got {o.aggregation.horizon}")
-    bounds = [b for b in o.behaviour if isinstance(b, Mask | Clamp) and b.low > b.high]
-    if bounds or any(isinstance(b, Truncate) and not b.cap for b in o.behaviour):
-        raise ConfigError(f"a correction has low <= high and a cap above 0; got {bounds or o.behaviour}")
-
-
-def _gate_fits(o: Objective) -> None:
-    if isinstance(o.ratio, NoRatio) and not isinstance(o.gate, NoGate | Custom):
-        raise ConfigError(
-            f"gate {o.gate.kind!r} has no ratio to act on (ratio = 'none'); set gate.kind = 'none', or another ratio"
-        )
-    needed = _GATES.get(type(o.gate))
-    if needed and not isinstance(o.ratio, (*needed, Custom)):
-        names = " or ".join(repr(str(kind.__struct_config__.tag)) for kind in needed)
-        raise ConfigError(f"gate {o.gate.kind!r} acts on the parts of ratio {names}, not of {o.ratio.kind!r}")
-    if isinstance(o.ratio, Levels):
-        _levels(o.ratio, o.gate)
-
-
-def _levels(ratio: Levels, gate: Any) -> None:
-    order = [*get_args(Literal["domain", "prompt", "trajectory", "token"])]
-    ranks = [order.index(level) for level in ratio.levels]
-    if ranks != sorted(set(ranks)) or not ratio.levels or ratio.levels[-1] != "token":
-        raise ConfigError(f"levels go from the outermost to 'token', each once, out of {order}; got {ratio.levels}")
-    if isinstance(gate, LevelsClip) and len(gate.budgets) != len(ratio.levels):
-        raise ConfigError(f"one budget for each of the {len(ratio.levels)} levels; got {gate.budgets}")
-
-
-def _corrects_once(o: Objective) -> None:
-    weighing = [b.kind for b in o.behaviour if isinstance(b, Truncate | Mask | Clamp)]
-    if o.proximal == "sampler" and weighing and not isinstance(o.ratio, NoRatio):
-        raise ConfigError(
-            f"behaviour = {weighing[0]!r} with proximal = 'sampler' corrects twice: the ratio is taken against the "
-            "sampler already. Set proximal = 'learner', or ratio.kind = 'none', or drop the correction"
-        )
-    if len(weighing) > 1:
-        raise ConfigError(f"the corrections {' and '.join(map(repr, weighing))} both weigh by w; keep one of them")
-
-
-def _sequence_bounds(o: Objective) -> None:
-    if not isinstance(o.ratio, Geometric) or not isinstance(o.gate, Clip):
-        return
-    widest = max(o.gate.low, o.gate.high)
-    if widest >= 0.2:
-        raise ConfigError(
-            f"a sequence ratio moves by thousandths: clip bounds {o.gate.low}, {o.gate.high} are those of tokens and "
-            "never bind. GSPO uses low = 3e-4, high = 4e-4; for a sequence gate without clipping say gate.kind = 'none'"
-        )
-    if widest > 0.05:
-        warnings.warn(
-            f"a sequence ratio moves by thousandths: clip bounds {o.gate.low}, {o.gate.high} hardly ever bind (GSPO: "
-            "3e-4, 4e-4)",
-            stacklevel=4,
-        )
-
-
-def _controls(o: Objective) -> None:
-    for controller in o.controllers:
-        get(o, controller.of)
-    names = [controller.of for controller in o.controllers]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two controllers move the same number; got {names}")
 
 
 # --- numbers by path --------------------------------------------------------------------------------------------

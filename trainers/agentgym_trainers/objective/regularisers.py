@@ -1,14 +1,16 @@
-"""S7: what else the loss holds, per token and without its coefficient."""
+"""S7: what else the loss holds, per token [M], with its coefficient. It is aggregated as the objective is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from agentgym_trainers.objective import declare
-from agentgym_trainers.objective.tokens import Tokens
+from agentgym_trainers.objective.custom import call
+from agentgym_trainers.objective.tokens import Tokens, needed
 
 KLS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda gap: -gap,
@@ -19,15 +21,8 @@ KLS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def penalty(declared: Any, t: Tokens) -> Tensor:
-    """The regulariser per token [M]."""
+    """The regulariser per token [M], to be minimised."""
     return REGULARISERS[type(declared)](declared, t)
-
-
-def needed(x: Tensor | None, what: str) -> Tensor:
-    """A column that the learner must have filled."""
-    if x is None:
-        raise ValueError(f"this objective reads Tokens.{what}, which is not there")
-    return x
 
 
 def against(name: str, t: Tokens) -> Tensor:
@@ -35,19 +30,81 @@ def against(name: str, t: Tokens) -> Tensor:
     return {"old": t.old, "sampler": t.sampled}[name] if name != "reference" else needed(t.reference, "reference")
 
 
+def rewarded(threshold: float, t: Tokens) -> Tensor:
+    """1 for tokens of sequences with reward >= threshold, else 0 (also where there is no reward): [M]."""
+    reward = needed(t.reward, "reward")
+    return (reward >= threshold)[t.sequence].to(t.logp.dtype)
+
+
 def _kl(r: declare.Kl, t: Tokens) -> Tensor:
     gap = against(r.against, t) - t.logp
     if r.form == "k3_k2":
         value, slope = KLS["k3"](gap), KLS["k2"](gap)
-        return value.detach() + slope - slope.detach()
-    return KLS[r.form](gap)
+        return r.coef * (value.detach() + slope - slope.detach())
+    return r.coef * KLS[r.form](gap)
+
+
+def _kl_hinge(r: declare.KlHinge, t: Tokens) -> Tensor:
+    kl = KLS["k3"](against(r.against, t) - t.logp)
+    mean = kl.detach().sum() / max(len(kl), 1)
+    return r.coef * (mean - r.bound).clamp(min=0.0) * kl
 
 
 def _entropy(r: declare.Entropy, t: Tokens) -> Tensor:
-    return -needed(t.entropy, "entropy")
+    return -r.coef * needed(t.entropy, "entropy")
+
+
+def _entropy_band(r: declare.EntropyBand, t: Tokens) -> Tensor:
+    entropy = needed(t.entropy, "entropy")
+    return r.coef * ((r.low - entropy).clamp(min=0.0) + (entropy - r.high).clamp(min=0.0))
+
+
+def _perception(r: declare.Perception, t: Tokens) -> Tensor:
+    masked = needed(t.masked, "masked")
+    gap = masked - t.logp if r.form == "code" else t.logp - masked
+    return -r.coef * KLS["k3"](gap) - r.clean * t.logp - r.masked * masked
+
+
+def _distillation(r: declare.Distillation, t: Tokens) -> Tensor:
+    return r.coef * rewarded(r.threshold, t) * needed(t.divergence, "divergence")
+
+
+def _sft(r: declare.Sft, t: Tokens) -> Tensor:
+    return -r.coef * rewarded(r.threshold, t) * t.logp
+
+
+def _custom(r: declare.CustomPenalty, t: Tokens) -> Tensor:
+    return r.coef * call(r, t)
 
 
 REGULARISERS: dict[type[declare.Kind], Callable[[Any, Tokens], Tensor]] = {
     declare.Kl: _kl,
+    declare.KlHinge: _kl_hinge,
     declare.Entropy: _entropy,
+    declare.EntropyBand: _entropy_band,
+    declare.Perception: _perception,
+    declare.Distillation: _distillation,
+    declare.Sft: _sft,
+    declare.CustomPenalty: _custom,
 }
+
+# --- over the whole vocabulary ----------------------------------------------------------------------------------
+
+_FLOOR = -1e4
+"""Stands for the log-prob of what a distribution rules out, so that 0 x log 0 is 0."""
+
+
+def divergence(policy: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """D(teacher, policy) of logits [..., V], per position [...]: the generalised Jensen-Shannon divergence with the
+    mixture beta teacher + (1 - beta) policy (2306.13649), beta KL(teacher, mixture) + (1 - beta) KL(policy, mixture).
+    beta = 0 is KL(teacher, policy), beta = 1 is KL(policy, teacher). Differentiable in both."""
+    p, q = (x.log_softmax(-1).clamp(min=_FLOOR) for x in (policy, teacher))
+    if beta in (0.0, 1.0):
+        return _kl_of(p, q) if beta else _kl_of(q, p)
+    parts = torch.stack([p + torch.tensor(1.0 - beta).log(), q + torch.tensor(beta).log()])
+    mixture = parts.logsumexp(0)
+    return beta * _kl_of(q, mixture) + (1.0 - beta) * _kl_of(p, mixture)
+
+
+def _kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

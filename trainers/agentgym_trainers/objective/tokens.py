@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from agentgym.errors import RecordError
 
 CLAMP = 20.0
 """Log-ratios are clamped to +-CLAMP before they are exponentiated (verl, core_algos.py)."""
@@ -17,11 +21,11 @@ class Tokens:
 
     logp        of the policy; carries gradient, as do `entropy`, `masked` and `divergence`
     old         of the proximal policy
-    sampled     of the distribution the sampler drew from
+    sampled     of the distribution the sampler drew from; NaN where it was not recorded
     sequence    which of the S sequences a token belongs to, ascending
     turn, segment     turn index; index into `labels`
     group, domain     [S] hashes: sequences with equal ones share a prompt, a domain
-    reward      [S] composed reward of the trajectory
+    reward      [S] composed reward of the trajectory; NaN where there is none
     reference   of the frozen reference policy
     masked      of the policy when observations are masked
     divergence  D(teacher, policy) at this token
@@ -44,6 +48,11 @@ class Tokens:
     masked: Tensor | None = None
     divergence: Tensor | None = None
 
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Trained tokens of each sequence: [S]."""
+        return torch.bincount(self.sequence, minlength=self.sequences)
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -57,6 +66,13 @@ class Totals:
     parts: dict[str, int] = field(default_factory=dict)
 
 
+def needed(x: Tensor | None, what: str) -> Tensor:
+    """A column that whoever made the tokens must have filled; `RecordError` where it is not there."""
+    if x is None:
+        raise RecordError(f"this objective reads Tokens.{what}, which is not there")
+    return x
+
+
 def pool(x: Tensor, index: Tensor, count: int, *, mean: bool) -> Tensor:
     """Sums or means of [M] over `count` bins: [count]; 0 for an empty one."""
     total = x.new_zeros(count).index_add(0, index, x)
@@ -67,4 +83,22 @@ def pool(x: Tensor, index: Tensor, count: int, *, mean: bool) -> Tensor:
 
 def per_sequence(x: Tensor, t: Tokens, *, mean: bool) -> Tensor:
     """Sums or means over each sequence: [S]."""
-    return pool(x, t.sequence, t.sequences, mean=mean)
+    total = pool(x, t.sequence, t.sequences, mean=False)
+    return total / t.lengths.clamp(min=1) if mean else total
+
+
+def greatest(x: Tensor, index: Tensor, count: int) -> Tensor:
+    """The greatest of [M] in each of `count` bins: [count]; the least number there is for an empty one."""
+    least = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+    return x.new_full((count,), least).scatter_reduce(0, index, x, "amax")
+
+
+def prefixes(x: Tensor, t: Tokens, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`of` (an associative function such as torch.minimum) over all tokens of the sequence up to and including this
+    one: [M]. A scan in log2(longest sequence) passes; takes no gradient."""
+    x, reach, longest = x.detach(), 1, int(t.lengths.max()) if t.sequences else 0
+    while reach < longest:
+        same = t.sequence[reach:] == t.sequence[:-reach]
+        x = torch.cat([x[:reach], torch.where(same, of(x[reach:], x[:-reach]), x[reach:])])
+        reach *= 2
+    return x
