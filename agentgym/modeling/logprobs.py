@@ -6,12 +6,15 @@ its gradient. Here the unembedding runs in checkpointed chunks, and only on the 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from agentgym.errors import ModelError
@@ -31,8 +34,9 @@ class Head(NamedTuple):
     cap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> [n, V] in float32."""
-        found = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        """[n, hidden] -> [n, V] in float32, or in float64 where the model is."""
+        found = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        found = found if found.dtype == torch.float64 else found.float()
         found = found if self.scale == 1.0 else found * self.scale
         return found if self.cap is None else torch.tanh(found / self.cap) * self.cap
 
@@ -46,13 +50,12 @@ def head_of(model: Any) -> Head:
     return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def _chunk(hidden: Tensor, targets: Tensor, head: Head, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-    logits = head.logits(hidden) / temperature
-    norm = torch.logsumexp(logits, -1)
-    chosen = logits.gather(-1, targets[:, None])[:, 0] - norm
-    if not entropy:
-        return chosen, torch.zeros_like(chosen)
-    return chosen, norm - (torch.softmax(logits, -1) * logits).sum(-1)  # H = log Z - E[logit]
+def _by_chunks(function: Callable[..., Any], head: Head, chunk: int | None, *rows: Tensor) -> list[Any]:
+    """The function over so many rows at a time as `LOGITS` allows; what fits into one chunk is not computed twice."""
+    size = chunk or max(LOGITS // head.weight.shape[0], 1)
+    again = torch.is_grad_enabled() and len(rows[0]) > size
+    pieces = zip(*(x.split(size) for x in rows), strict=True)
+    return [checkpoint(function, *piece, use_reentrant=False) if again else function(*piece) for piece in pieces]
 
 
 def chunked_logprobs(
@@ -61,33 +64,103 @@ def chunked_logprobs(
     head: Head,
     *,
     temperature: float = 1.0,
-    entropy: bool = True,
+    entropy: bool | Literal["detached"] = True,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [n, hidden], targets [n] -> log-probs [n] and entropies [n] (nats; zeros unless `entropy`), float32.
+    """hidden [n, hidden], targets [n] -> log-probs [n] and entropies [n] (nats; zeros unless `entropy`), float32 or 64.
 
     `chunk` rows at a time (by default as many as `LOGITS` allows); what fits into one chunk is not computed twice.
     """
-    rows = chunk or max(LOGITS // head.weight.shape[0], 1)
-    pieces = []
-    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-        if torch.is_grad_enabled() and len(targets) > rows:
-            pieces.append(checkpoint(_chunk, h, t, head, temperature, entropy, use_reentrant=False))
-        else:
-            pieces.append(_chunk(h, t, head, temperature, entropy))
-    if not pieces:
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
-    chosen, entropies = zip(*pieces, strict=True)
+
+    def one(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head.logits(hidden) / temperature
+        norm = torch.logsumexp(logits, -1)
+        chosen = logits.gather(-1, targets[:, None])[:, 0] - norm
+        if not entropy:
+            return chosen, torch.zeros_like(chosen)
+        if entropy == "detached":
+            logits, norm = logits.detach(), norm.detach()
+        return chosen, norm - (torch.softmax(logits, -1) * logits).sum(-1)  # H = log Z - E[logit]
+
+    if not len(targets):
+        empty = hidden.sum(-1)  # no rows, and yet part of the graph
+        return empty, empty
+    chosen, entropies = zip(*_by_chunks(one, head, chunk, hidden, targets), strict=True)
     return torch.cat(chosen), torch.cat(entropies)
 
 
+def chunked_divergence(
+    hidden: Tensor,
+    head: Head,
+    teacher: Tensor,
+    teacher_head: Head,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """hidden [n, hidden] of a policy and of a teacher -> their divergence over the whole vocabulary [n], in nats.
+
+    The generalised Jensen-Shannon divergence with M = beta teacher + (1 - beta) policy: beta KL(teacher, M) +
+    (1 - beta) KL(policy, M); KL(teacher, policy) at beta 0, KL(policy, teacher) at 1 (2306.13649). `ModelError` where
+    the vocabularies differ.
+    """
+    sizes = head.weight.shape[0], teacher_head.weight.shape[0]
+    if sizes[0] != sizes[1]:
+        raise ModelError(f"policy and teacher have {sizes[0]} and {sizes[1]} logits; they need the same vocabulary")
+
+    def one(hidden: Tensor, teacher: Tensor) -> Tensor:
+        policy = torch.log_softmax(head.logits(hidden) / temperature, -1)
+        other = torch.log_softmax(teacher_head.logits(teacher) / temperature, -1)
+        if beta in (0.0, 1.0):
+            return _kl(other, policy) if beta == 0.0 else _kl(policy, other)
+        middle = torch.logaddexp(other + math.log(beta), policy + math.log(1.0 - beta))
+        return beta * _kl(other, middle) + (1.0 - beta) * _kl(policy, middle)
+
+    return torch.cat(_by_chunks(one, head, chunk, hidden, teacher)) if len(hidden) else hidden.sum(-1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p, q) of log-probs [n, V]: [n]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@contextmanager
+def first_layers(model: Any, count: int) -> Iterator[None]:
+    """The model without its layers after `count` (1 = the first); the final norm stays. `ModelError` outside 1..all."""
+    depth = model.config.get_text_config().num_hidden_layers
+    if not 1 <= count <= depth:
+        raise ModelError(f"no layer {count} in a model of {depth} layers")
+    base = model.base_model
+    stacks = (n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    owner, _, name = next(stacks, "").rpartition(".")
+    if not name:
+        raise ModelError(f"{type(model).__name__} shows no list of {depth} layers to cut")
+    holder = base.get_submodule(owner)
+    whole = getattr(holder, name)
+    setattr(holder, name, whole[:count])
+    try:
+        yield
+    finally:
+        setattr(holder, name, whole)
+
+
 def packed_hidden(
-    model: Any, ids: NDArray[np.int32], positions: NDArray[np.int32], bounds: NDArray[np.int64]
+    model: Any,
+    ids: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    bounds: NDArray[np.int64],
+    *,
+    layer: int | None = None,
 ) -> Tensor:
     """Final hidden states [N, hidden] of sequences packed end to end, each attending to itself alone.
 
-    Models that cannot attend through a layout are run sequence by sequence.
+    With `layer`, the hidden states after that layer (1 = the first), through the final norm. Models that cannot attend
+    through a layout are run sequence by sequence.
     """
+    if layer is not None:
+        with first_layers(model, layer):
+            return packed_hidden(model, ids, positions, bounds)
     device = next(model.parameters()).device
     ids_N, positions_N = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (ids, positions))
     base = model.base_model
@@ -114,15 +187,16 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = True,
     masked_only: bool = False,
+    layer: int | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each token given its prefix, and the entropy of the distribution it came from; both [N], float32.
 
     Aligned with `batch.ids`: entry n belongs to token n. The first token of a sequence has no prediction and gets 0,
-    as do tokens with mask 0 when `masked_only` (which skips the unembedding of prompts). With gradient unless the
-    caller turned it off.
+    as do tokens with mask 0 when `masked_only` (which skips the unembedding of prompts). `layer` reads the hidden
+    states after that layer. With gradient unless the caller turned it off.
     """
-    hidden = packed_hidden(model, batch.ids, batch.positions, batch.bounds)
+    hidden = packed_hidden(model, batch.ids, batch.positions, batch.bounds, layer=layer)
     wanted = batch.positions > 0
     if masked_only:
         wanted &= batch.mask > 0
@@ -131,5 +205,5 @@ def token_logprobs(
     chosen, entropies = chunked_logprobs(
         hidden[at - 1], targets, head_of(model), temperature=temperature, entropy=entropy, chunk=chunk
     )
-    zeros = torch.zeros(len(batch.ids), device=hidden.device)
+    zeros = chosen.new_zeros(len(batch.ids))
     return zeros.index_copy(0, at, chosen), zeros.index_copy(0, at, entropies)

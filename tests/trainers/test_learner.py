@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from agentgym.collate import collate
-from agentgym.errors import ConfigError, ModelError
+from agentgym.errors import ConfigError, ModelError, RecordError
 from agentgym.modeling import build
 from agentgym.types import (
     Action,
@@ -59,8 +59,9 @@ class Bare:
         *,
         max_tokens: int,
         behaviour: bool = True,
+        rewards: Sequence[float] | None = None,
     ) -> list[Batch]:
-        return collate(trajectories, advantages, max_tokens=max_tokens, behaviour=behaviour)
+        return collate(trajectories, advantages, max_tokens=max_tokens, behaviour=behaviour, rewards=rewards)
 
     async def publish(self, version: WeightsVersion) -> None:
         self.published.append(version.number)
@@ -184,12 +185,19 @@ def test_a_reference_holds_the_policy_back() -> None:
     assert drift[1] < 0.2 * drift[0]
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+def test_what_is_not_finite_moves_nothing() -> None:
     learner = Learner(Bare(), Objective(), Optim(), total_steps=1)
     before = weights(learner)
-    with pytest.raises(ModelError, match="non-finite rewards"):
-        learner.update(EPISODES, [np.full(len(t.turns), np.inf) for t in EPISODES])
+    credit = [a.copy() for a in CREDIT]
+    credit[4][0] = np.nan
+    with pytest.raises(RecordError, match=f"{EPISODES[4].episode.id} are not finite"):
+        learner.update(EPISODES, credit)
+    with pytest.raises(RecordError, match="of trajectory 4 of this batch"):
+        learner.step(collate(EPISODES, credit, max_tokens=10_000))
+    with pytest.raises(ModelError, match="extreme advantages"):
+        learner.update(EPISODES, [np.full(len(t.turns), 3e38) for t in EPISODES])
     assert torch.equal(weights(learner), before)
+    assert (learner.steps, learner.updates) == (0, 0)
 
 
 def test_an_optimiser_that_cannot_be_meant_is_refused() -> None:

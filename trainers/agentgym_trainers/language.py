@@ -33,9 +33,15 @@ class LanguageModel:
         return module
 
     def collate(
-        self, trajectories: Sequence[Trajectory], advantages: Advantages, *, max_tokens: int, behaviour: bool = True
+        self,
+        trajectories: Sequence[Trajectory],
+        advantages: Advantages,
+        *,
+        max_tokens: int,
+        behaviour: bool = True,
+        rewards: Sequence[float] | None = None,
     ) -> list[Batch]:
-        return collate(trajectories, advantages, max_tokens=max_tokens, behaviour=behaviour)
+        return collate(trajectories, advantages, max_tokens=max_tokens, behaviour=behaviour, rewards=rewards)
 
     async def publish(self, version: WeightsVersion) -> None:
         await self.engine.publish(version)

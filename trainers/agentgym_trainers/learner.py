@@ -4,14 +4,18 @@
     figures = learner.update(trajectories, advantages)
 
 An update takes the trajectories of one rollout through `epochs` x `minibatches` optimiser steps; a step goes through
-micro-batches of packed sequences and divides by the counts of all of them, so how they are cut changes nothing.
+micro-batches of packed sequences and divides by the counts of all of them, on all ranks, so how they are cut changes
+nothing. Where a token's loss depends on other sequences (`Objective.coupled`) the step is taken in two passes: one
+without gradient finds the loss of the whole step and its derivative by every log-prob, one takes these to the weights.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,16 +23,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from agentgym.collate import sequences, trained_tokens
-from agentgym.errors import ConfigError, ModelError
+from agentgym.errors import ConfigError, ModelError, RecordError
 from agentgym.modeling.logprobs import token_logprobs
 from agentgym.seeding import rng
 from agentgym.types import Batch, Trajectory, WeightsVersion
+from agentgym_trainers import ranks
+from agentgym_trainers.controllers import begun, check_watched, controlled, numbers, with_numbers
+from agentgym_trainers.forward import LEAVES, Blank, Forward, Micro, joined
+from agentgym_trainers.objective.aggregations import count_parts
 from agentgym_trainers.objective.compute import loss, summarise
 from agentgym_trainers.objective.declare import Objective, Struct
 from agentgym_trainers.objective.tokens import Tokens, Totals
 
 Advantages = Sequence[NDArray[np.float64]]
+Sums = list[dict[str, float]]
 
 
 class Optim(Struct, frozen=True, kw_only=True):
@@ -39,6 +47,7 @@ class Optim(Struct, frozen=True, kw_only=True):
     decay         share of the steps, at the end, in which it falls linearly to `floor` x lr
     epochs, minibatches    optimiser steps per update = epochs x minibatches
     micro_tokens  tokens in one forward pass: memory, never the result
+    only          a regular expression: parameters whose names it finds move, the others stay ("" = all move)
     """
 
     lr: float = 5e-4
@@ -51,6 +60,7 @@ class Optim(Struct, frozen=True, kw_only=True):
     epochs: int = 1
     minibatches: int = 1
     micro_tokens: int = 8192
+    only: str = ""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or min(self.epochs, self.minibatches, self.micro_tokens) < 1:
@@ -74,7 +84,13 @@ class Trainable(Protocol):
         ...
 
     def collate(
-        self, trajectories: Sequence[Trajectory], advantages: Advantages, *, max_tokens: int, behaviour: bool = True
+        self,
+        trajectories: Sequence[Trajectory],
+        advantages: Advantages,
+        *,
+        max_tokens: int,
+        behaviour: bool = True,
+        rewards: Sequence[float] | None = None,
     ) -> list[Batch]:
         """Packed micro-batches, as `agentgym.collate.collate` makes them."""
         ...
@@ -88,22 +104,15 @@ MASTER = "master"
 """Names float32 masters among the tensors of a learner's state."""
 
 
-@dataclass(frozen=True)
-class _Micro:
-    """A micro-batch with the log-probs that stay fixed during an update, [N] each, or None where not needed."""
-
-    batch: Batch
-    old: Tensor | None = None
-    reference: Tensor | None = None
-
-
 class Learner:
     """Owns the optimiser; shares the parameters with whoever gave the `Trainable`.
 
     Parameters of half precision get float32 masters: a step of 1e-6 would vanish in the rounding of bfloat16.
 
     `total_steps` is the length of the learning-rate schedule in optimiser steps. `temperature` is the sampler's, so
-    that both speak of the same distribution. `reference` is a frozen module, needed for a KL regulariser.
+    that both speak of the same distribution. `reference` and `teacher` are frozen modules, for the regularisers that
+    need them; `blank` is what masked observations are replaced with. `objective` is the one of the next step:
+    controllers move its numbers.
     """
 
     def __init__(
@@ -116,15 +125,23 @@ class Learner:
         seed: int = 0,
         temperature: float = 1.0,
         reference: nn.Module | None = None,
+        teacher: nn.Module | None = None,
+        blank: Blank | None = None,
     ) -> None:
-        if objective.needs_reference and reference is None:
-            raise ConfigError("a KL regulariser needs a reference; pass the frozen module")
-        self.trainable, self.objective, self.optim = trainable, objective, optim
-        self.total_steps, self.seed, self.temperature = total_steps, seed, temperature
-        self.reference = reference if objective.needs_reference else None
+        self.trainable, self.objective, self.optim = trainable, begun(objective), optim
+        self.total_steps, self.seed = total_steps, seed
+        self.forward = Forward(
+            objective,
+            trainable.module(),
+            reference=reference,
+            teacher=teacher,
+            temperature=temperature,
+            seed=seed,
+            blank=blank,
+        )
         self.steps = 0
         self.updates = 0
-        self.parameters = [p for p in trainable.module().parameters() if p.requires_grad]
+        self.parameters = _moving(trainable.module(), optim.only)
         self.masters = [_master(p) for p in self.parameters]
         self.optimiser = torch.optim.AdamW(
             self.masters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
@@ -132,89 +149,127 @@ class Learner:
 
     # --- one update, one step ---
 
-    def update(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> dict[str, float]:
-        """Every optimiser step that one rollout pays for; the mean of their figures."""
-        parts = [self._prepare(t, a) for t, a in self._cut(trajectories, advantages)]
-        parts = [part for part in parts if part]
-        figures = [self._step(part) for _ in range(self.optim.epochs) for part in parts]
+    def update(
+        self, trajectories: Sequence[Trajectory], advantages: Advantages, rewards: Sequence[float] | None = None
+    ) -> dict[str, float]:
+        """Every optimiser step that one rollout pays for; the mean of their figures.
+
+        `rewards` are the composed ones, for objectives that read them. Raises `RecordError` for an advantage that is
+        not finite, before any weight moves.
+        """
+        _refuse_strange(trajectories, advantages)
+        minibatches = [self._prepare(part, advantages, trajectories, rewards) for part in self._cut(len(trajectories))]
+        steps = [self._step(parts) for _ in range(self.optim.epochs) for parts in minibatches]
         self.updates += 1
-        return _mean(figures)
+        return _mean([figures for figures in steps if figures])
 
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """One optimiser step over these micro-batches; the result does not depend on how they are cut."""
-        return self._step([self._micro(batch) for batch in batches])
+        """One optimiser step over these micro-batches; the result does not depend on how they are cut. Nothing moves,
+        and there are no figures, where no token is trained on."""
+        return self._step([self.forward.prepare(batch, self.steps) for batch in batches])
 
-    def _cut(
-        self, trajectories: Sequence[Trajectory], advantages: Advantages
-    ) -> Iterator[tuple[list[Trajectory], list[NDArray[np.float64]]]]:
-        """The trajectories in a keyed random order, in `minibatches` parts."""
-        order = list(range(len(trajectories)))
+    def _cut(self, count: int) -> Iterator[list[int]]:
+        """Which of `count` trajectories go together: a keyed random order, in `minibatches` parts."""
+        order = list(range(count))
         rng(self.seed, "minibatches", self.updates).shuffle(order)
-        for part in np.array_split(order, self.optim.minibatches):
-            yield [trajectories[i] for i in part], [advantages[i] for i in part]
+        return (part.tolist() for part in np.array_split(np.asarray(order, int), self.optim.minibatches))
 
-    def _prepare(self, trajectories: Sequence[Trajectory], advantages: Advantages) -> list[_Micro]:
+    def _prepare(
+        self,
+        part: Sequence[int],
+        advantages: Advantages,
+        trajectories: Sequence[Trajectory],
+        rewards: Sequence[float] | None,
+    ) -> list[Micro]:
         batches = self.trainable.collate(
-            trajectories,
-            advantages,
+            [trajectories[i] for i in part],
+            [advantages[i] for i in part],
             max_tokens=self.optim.micro_tokens,
             behaviour=self.objective.needs_sampler,
+            rewards=None if rewards is None else [rewards[i] for i in part],
         )
-        return [self._micro(batch) for batch in batches]
+        return [self.forward.prepare(batch, self.steps) for batch in batches]
 
-    @torch.no_grad()
-    def _micro(self, batch: Batch) -> _Micro:
-        old = self.logprobs(batch)[0] if self.objective.proximal == "learner" else None
-        reference = None if self.reference is None else self.logprobs(batch, self.reference)[0]
-        return _Micro(batch, old, reference)
+    def _step(self, parts: Sequence[Micro]) -> dict[str, float]:
+        parts = [part for part in parts if len(part.fixed.logp)]
+        total = self._totals(parts)
+        if not total.tokens:
+            return {}
+        self.clear()
+        together = self.objective.coupled and (ranks.count() > 1 or len(parts) > 1)
+        value, sums = (self._together if together else self._apart)(parts, total)
+        figures = {"loss": value, "grad_norm": 0.0, "tokens": float(total.tokens), **summarise(sums, total)}
+        check_watched(self.objective, figures)
+        figures["grad_norm"] = self.move()
+        self.objective = controlled(self.objective, self.steps, figures)
+        return figures
+
+    def _totals(self, parts: Sequence[Micro]) -> Totals:
+        found: Counter[str] = Counter()
+        for t in (part.fixed for part in parts):
+            found.update(count_parts(self.objective.aggregation, t.turn, t.segment, t.sequence, t.labels))
+        held = ranks.gather((sum(len(p.fixed.logp) for p in parts), sum(p.fixed.sequences for p in parts), found))
+        tokens, count, counted = zip(*held, strict=True)
+        return Totals(sum(tokens), sum(count), dict(sum(counted, Counter())))
+
+    def _apart(self, parts: Sequence[Micro], total: Totals) -> tuple[float, Sums]:
+        """Micro-batch by micro-batch: loss and sums of all ranks; the gradients are this rank's."""
+        value, sums = 0.0, []
+        for part in parts:
+            found, part_sums = loss(self.objective, self.forward.tokens(part), total)
+            found.backward(inputs=self.parameters)
+            value += float(found.detach())
+            sums.append(part_sums)
+        everyone = ranks.gather((value, sums))
+        return sum(v for v, _ in everyone), [s for _, held in everyone for s in held]
+
+    def _together(self, parts: Sequence[Micro], total: Totals) -> tuple[float, Sums]:
+        """The same for a loss of the whole step: its derivatives by the leaves first, then those of the leaves."""
+        found, sums, derivatives = self._derivatives(parts, total)
+        for part in parts:
+            tokens = self.forward.tokens(part)
+            size = len(tokens.logp)
+            leaves = [getattr(tokens, name) for name in derivatives]
+            torch.autograd.backward(leaves, [d[:size] for d in derivatives.values()], inputs=self.parameters)
+            derivatives = {name: d[size:] for name, d in derivatives.items()}
+        return found, sums
+
+    def _derivatives(self, parts: Sequence[Micro], total: Totals) -> tuple[float, Sums, dict[str, Tensor]]:
+        """The loss of the step over all ranks, its sums, and its derivative by each leaf of this rank's tokens."""
+        with torch.no_grad():
+            seen = ranks.gather([_to(self.forward.tokens(part), "cpu") for part in parts])
+        device = self.parameters[0].device
+        whole = _to(joined([tokens for held in seen for tokens in held]), device)
+        leaves = {name: x.requires_grad_() for name in LEAVES if (x := getattr(whole, name)) is not None}
+        found, sums = loss(self.objective, whole, total)
+        slopes = torch.autograd.grad(found, list(leaves.values()), allow_unused=True)
+        start = sum(len(tokens.logp) for held in seen[: ranks.rank()] for tokens in held)
+        mine = {name: d[start:] for name, d in zip(leaves, slopes, strict=True) if d is not None}
+        return float(found.detach()), [sums], mine
 
     def logprobs(self, batch: Batch, module: nn.Module | None = None, entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probs of the trained tokens and their entropies under the policy or another module, 0 elsewhere; [N]."""
         return token_logprobs(
             self.trainable.module() if module is None else module,
             batch,
-            temperature=self.temperature,
+            temperature=self.forward.temperature,
             entropy=entropy,
             masked_only=True,
         )
 
-    def _step(self, parts: Sequence[_Micro]) -> dict[str, float]:
-        total = Totals(trained_tokens(p.batch for p in parts), sequences(p.batch for p in parts))
-        self.optimiser.zero_grad(set_to_none=True)
-        sums, value = [], 0.0
-        for part in parts:
-            found, part_sums = loss(self.objective, self.tokens(part), total)
-            found.backward()
-            value += float(found.detach())
-            sums.append(part_sums)
-        norm = self.move()
-        return {"loss": value, "grad_norm": norm, "tokens": float(total.tokens), **summarise(sums, total)}
-
-    def tokens(self, part: _Micro) -> Tokens:
-        """The trained tokens of a micro-batch, with gradient."""
-        batch = part.batch
-        logp, entropy = self.logprobs(batch, entropy=True)
-        at = torch.from_numpy(np.flatnonzero(batch.mask)).to(logp.device)
-        owner = np.repeat(np.arange(len(batch.owners)), np.diff(batch.bounds))
-        sampled = torch.from_numpy(batch.logprobs).to(logp.device)
-        return Tokens(
-            logp=logp[at],
-            old=(sampled if part.old is None else part.old)[at],
-            sampled=sampled[at],
-            advantages=torch.from_numpy(batch.advantages).to(logp.device)[at],
-            sequence=torch.from_numpy(owner).to(logp.device)[at],
-            sequences=len(batch.owners),
-            reference=None if part.reference is None else part.reference[at],
-            entropy=entropy[at],
-        )
+    def clear(self) -> None:
+        """Forget the accumulated gradient."""
+        for p in self.parameters:
+            p.grad = None
 
     def move(self) -> float:
-        """Clip, check and apply the accumulated gradient; its norm before clipping."""
-        bound = self.optim.clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, bound))
+        """Sum the accumulated gradient over the ranks, clip, check and apply it; its norm before clipping."""
+        ranks.sum_gradients(self.parameters)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.clip or math.inf))
         if not math.isfinite(norm):
             raise ModelError(
                 f"the gradient of optimiser step {self.steps} is {norm}; the weights are as before it. Lower optim.lr "
-                f"(now {self.optim.lr:g}), and look for non-finite rewards in the last rollout"
+                f"(now {self.optim.lr:g}), and look for extreme advantages and log-probs in the last rollout"
             )
         for group in self.optimiser.param_groups:
             group["lr"] = self.optim.rate(self.steps, self.total_steps)
@@ -239,7 +294,7 @@ class Learner:
         }
         pairs = zip(self.parameters, self.masters, strict=True)
         masters = {f"{i}.{MASTER}": m.detach() for i, (p, m) in enumerate(pairs) if p is not m}
-        return tensors | masters, {"steps": self.steps, "updates": self.updates}
+        return tensors | masters, {"steps": self.steps, "updates": self.updates, "numbers": numbers(self.objective)}
 
     def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """The inverse of `state`, on a learner made in the same way."""
@@ -253,24 +308,52 @@ class Learner:
         state = self.optimiser.state_dict()
         self.optimiser.load_state_dict({"state": held, "param_groups": state["param_groups"]})
         self.steps, self.updates = int(plain["steps"]), int(plain["updates"])
+        self.objective = with_numbers(self.objective, plain["numbers"])
+
+
+def _moving(module: nn.Module, only: str) -> list[nn.Parameter]:
+    """The parameters to move; `ConfigError` where `only` finds none."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    found = [p for name, p in named if re.search(only, name)]
+    if not found:
+        shown = ", ".join(name for name, _ in named[:6])
+        raise ConfigError(f"optim.only = {only!r} finds no parameter; the first of {len(named)} are {shown}")
+    return found
 
 
 def _master(parameter: nn.Parameter) -> Tensor:
     """What the optimiser moves: the parameter, or a float32 copy of one in half precision."""
-    if parameter.dtype == torch.float32:
+    if parameter.dtype in (torch.float32, torch.float64):
         return parameter
     return parameter.detach().float().clone().requires_grad_()
 
 
+def _refuse_strange(trajectories: Sequence[Trajectory], advantages: Advantages) -> None:
+    """`RecordError`, on every rank, where an advantage is not finite."""
+    strange = [t.episode.id for t, a in zip(trajectories, advantages, strict=True) if not np.isfinite(a).all()]
+    strange = [name for held in ranks.gather(strange[:1]) for name in held]
+    if strange:
+        raise RecordError(
+            f"the advantages of episode {strange[0]} are not finite; nothing was learnt from this update. Look for "
+            "non-finite rewards in its ledger"
+        )
+
+
+def _to(tokens: Tokens, device: str | torch.device) -> Tokens:
+    held = {f.name: getattr(tokens, f.name) for f in fields(tokens)}
+    moved: dict[str, Any] = {name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)}
+    return replace(tokens, **moved)
+
+
 def _mean(figures: Sequence[dict[str, float]]) -> dict[str, float]:
     """Figure by figure; tokens are summed, maxima stay maxima."""
-    if not figures:
-        return {}
-    return {name: _FOLDS.get(name, _average)([f[name] for f in figures]) for name in figures[0]}
+    names = dict.fromkeys(name for f in figures for name in f)
+    return {name: _fold(name)([f[name] for f in figures if name in f]) for name in names}
+
+
+def _fold(name: str) -> Callable[[Sequence[float]], float]:
+    return sum if name == "tokens" else max if name.endswith("_max") else _average
 
 
 def _average(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-_FOLDS: dict[str, Callable[[Sequence[float]], float]] = {"tokens": sum, "ratio_max": max}
