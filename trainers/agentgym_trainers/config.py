@@ -26,6 +26,7 @@ from agentgym.rollout import Limits
 from agentgym.types import Sampling
 from agentgym_trainers.learner import Optim
 from agentgym_trainers.objective.declare import Clip, Objective, Struct
+from agentgym_trainers.strategies.declare import Plain, Strategy
 
 
 class RunConfig(Struct, frozen=True, kw_only=True):
@@ -138,6 +139,7 @@ class Config(Struct, frozen=True, kw_only=True):
     sft: SftConfig = SftConfig()
     rollout: RolloutConfig = RolloutConfig()
     sampling: Sampling = Sampling(max_tokens=32)
+    strategy: Strategy = Plain()
     reward: dict[str, Any] = msgspec.field(default_factory=dict)
     advantage: tuple[Term, ...] = (Term(),)
     whiten: Literal["none", "trajectories", "turns", "tokens"] = "none"

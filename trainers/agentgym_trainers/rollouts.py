@@ -1,39 +1,32 @@
 """The rollout side of training, and the buffer between it and the learner.
 
 rollouts = Rollouts(config, env, engine)
-groups = await rollouts.play(step)            # whole groups, in the order of the tasks
+groups = await rollouts.play(step)            # whole groups, in the order of the tasks, as the strategy has them
 batch = buffer.take(groups, version)          # what may be learnt from; the rest is counted by reason
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count, groupby, islice
+from typing import Any
 
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, Fault
 from agentgym.policy import Policy
-from agentgym.rewards import Composed, Composer, composer
+from agentgym.rewards import Composer, composer
 from agentgym.rollout import Runner, episodes
 from agentgym.seeding import key
-from agentgym.types import Task, Trajectory
+from agentgym.types import Episode, RewardTerm, Task, Trajectory
+from agentgym_trainers import strategies
 from agentgym_trainers.config import Config
+from agentgym_trainers.strategies import Group as Group
+from agentgym_trainers.strategies import Sample as Sample
+from agentgym_trainers.strategies import Table
 
-
-class Sample(NamedTuple):
-    """A trajectory and its composed reward; None for a failed one."""
-
-    trajectory: Trajectory
-    reward: Composed | None
-
-    @property
-    def value(self) -> float | None:
-        return None if self.reward is None else self.reward.value
-
-
-Group = list[Sample]
+Annotate = Callable[[list[Trajectory]], Sequence[Sequence[RewardTerm]]]
+"""Reward terms that the trainer works out (see `agentgym.rewards.derived`): for each trajectory its own."""
 
 
 class TaskCursor:
@@ -66,28 +59,72 @@ class TaskCursor:
 
 
 class Rollouts:
-    """Plays the tasks of one update after the other with the current policy."""
+    """Plays the tasks of one update after the other with the current policy, as the run's strategy says.
 
-    def __init__(self, config: Config, env: Environment, policy: Policy) -> None:
-        r = config.rollout
-        self.config = config
+    reference  the policy before reinforcement, where the strategy needs it (`strategies.needs_reference`)
+    annotate   gives trajectories the derived terms that their reward reads
+    aside      what the last update played and did not hand over: rejected, probing and reference episodes
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        env: Environment,
+        policy: Policy,
+        *,
+        reference: Policy | None = None,
+        annotate: Annotate | None = None,
+    ) -> None:
+        if strategies.needs_reference(config.strategy) and reference is None:
+            raise ConfigError(
+                f"the strategy {config.strategy.kind!r} has the initial policy play; give it as reference="
+            )
+        self.config, self.env, self.policy, self.reference, self.annotate = config, env, policy, reference, annotate
         self.cursor = TaskCursor(env, config.run.seed)
         self.composer: Composer = composer(config.reward or env.reward)
-        self.runner = Runner(
-            env, policy, concurrency=r.concurrency, limits=r.limits, retries=r.retries, sampling=config.sampling
+        self.strategy = strategies.make(
+            config.strategy, env, group_size=config.rollout.group_size, sampling=config.sampling
         )
+        self.aside: list[Sample] = []
 
     async def play(self, step: int) -> list[Group]:
         """The groups of update `step`. Raises `Fault` where every episode failed, with the commonest reason."""
-        r = self.config.rollout
-        tasks = self.cursor.take(r.tasks_per_step)
-        found = await self.runner.collect(episodes(tasks, r.group_size, key(self.config.run.seed, "rl", step) >> 33))
-        self._check(found)
-        samples = [Sample(t, self._compose(t)) for t in found]
-        return [list(group) for _, group in groupby(samples, key=lambda s: s.trajectory.episode.group)]
+        table = Table(
+            self._firsts(step), self._play, deals=self.config.rollout.tasks_per_step, reference=self.reference
+        )
+        groups = await self.strategy.play(table)
+        self._check([s.trajectory for s in table.played])
+        handed = {s.trajectory.episode.id for group in groups for s in group}
+        self.aside = [s for s in table.played if s.trajectory.episode.id not in handed]
+        return groups
 
-    def _compose(self, trajectory: Trajectory) -> Composed | None:
-        return None if trajectory.status == "failed" else self.composer.trajectory(trajectory)
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: plain data."""
+        return {"cursor": self.cursor.position, "strategy": self.strategy.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.cursor.seek(state.get("cursor", 0))
+        self.strategy.restore(state.get("strategy", {}))
+
+    def _firsts(self, step: int) -> Iterator[Episode]:
+        """The first member of each group of an update, for as many tasks as its strategy takes."""
+        tasks = (self.cursor.take(1)[0] for _ in count())
+        return episodes(tasks, seed=key(self.config.run.seed, "rl", step) >> 33)
+
+    async def _play(self, found: Sequence[Episode], policy: Policy | None) -> list[Sample]:
+        played = await self._runner(policy or self.policy).collect(found)
+        good = [t for t in played if t.status != "failed"]
+        extras = self.annotate(good) if self.annotate else [()] * len(good)
+        rewards = {t.episode.id: self.composer.trajectory(t, extra=x) for t, x in zip(good, extras, strict=True)}
+        return [Sample(t, rewards.get(t.episode.id)) for t in played]
+
+    def _runner(self, policy: Policy) -> Runner:
+        r = self.config.rollout
+        sampling = self.config.sampling
+        return Runner(
+            self.env, policy, concurrency=r.concurrency, limits=r.limits, retries=r.retries, sampling=sampling
+        )
 
     @staticmethod
     def _check(found: Sequence[Trajectory]) -> None:
