@@ -2,104 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from learning import CREDIT, EPISODES, REWARDS, Bare, weights
 
 from agentgym.collate import collate
 from agentgym.errors import ConfigError, ModelError, RecordError
-from agentgym.modeling import build
-from agentgym.types import (
-    Action,
-    Batch,
-    Episode,
-    Floats,
-    Ids,
-    Observation,
-    Task,
-    TokenSpan,
-    Trajectory,
-    Turn,
-    Turns,
-    WeightsVersion,
-)
+from agentgym.types import Batch
 from agentgym_trainers.learner import Learner, Optim
-from agentgym_trainers.objective.declare import (
-    IMITATION,
-    Aggregation,
-    Entropy,
-    Kl,
-    Objective,
-    SeqMeanTokenMean,
-    TokenMean,
-)
+from agentgym_trainers.objective import declare
+from agentgym_trainers.objective.declare import IMITATION, Kl, Objective
 
-VOCABULARY = 20
+TEACHER = Bare(seed=7).module()
+REFERENCE = Bare(seed=8).module()
 
-
-class Bare:
-    """A `Trainable` without an engine."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.model = build.tiny(VOCABULARY, hidden=16, layers=1, heads=2, kv_heads=1, seed=seed)
-        self.published: list[int] = []
-
-    def module(self) -> nn.Module:
-        module: nn.Module = self.model
-        return module
-
-    def collate(
-        self,
-        trajectories: Sequence[Trajectory],
-        advantages: Sequence[NDArray[np.float64]],
-        *,
-        max_tokens: int,
-        behaviour: bool = True,
-        rewards: Sequence[float] | None = None,
-    ) -> list[Batch]:
-        return collate(trajectories, advantages, max_tokens=max_tokens, behaviour=behaviour, rewards=rewards)
-
-    async def publish(self, version: WeightsVersion) -> None:
-        self.published.append(version.number)
+DECLARED: dict[str, Objective] = {
+    "plain": Objective(),
+    "sequence mean, entropy bonus": Objective(
+        aggregation=declare.SeqMeanTokenMean(), regularisers=(declare.Entropy(coef=0.01),)
+    ),
+    "KL to a reference": Objective(regularisers=(Kl(coef=0.1),)),
+    "segments": Objective(aggregation=declare.Segments(by="label", weights={"control": 0.1}), gate=declare.NoGate()),
+    "perception": Objective(regularisers=(declare.Perception(coef=0.2, clean=0.05, masked=0.05),)),
+    "distillation": Objective(regularisers=(declare.Distillation(coef=0.5),)),
+    "layer": Objective(source=declare.Layer(layer=1, steps=1), proximal="learner"),
+    "BAPO": Objective(gate=declare.Clip(adaptive=declare.Adaptive())),
+    "FiberPO-Domain": Objective(
+        ratio=declare.Levels(levels=("domain", "prompt", "trajectory", "token")),
+        gate=declare.LevelsClip(budgets=(0.02, 0.03, 0.05, 0.1)),
+        aggregation=declare.SeqMeanTokenMean(),
+    ),
+    "DHPO by entropy": Objective(
+        ratio=declare.Mix(by="entropy"), gate=declare.BranchClip(), regularisers=(declare.Entropy(coef=0.01),)
+    ),
+    "DRPO": Objective(
+        ratio=declare.NoRatio(),
+        gate=declare.NoGate(),
+        contrast=declare.Discriminative(tau=1.0, max_length=16),
+        aggregation=declare.SeqMeanTokenMean(),
+        regularisers=(declare.KlHinge(coef=5.0),),
+    ),
+    "normalised weights": Objective(proximal="learner", behaviour=(declare.Truncate(), declare.Normalise())),
+}
 
 
-def episode(number: int) -> Trajectory:
-    """A trajectory of one to three turns of random tokens."""
-    g = np.random.default_rng(number)
-    turns = []
-    for step in range(1 + number % 3):
-        prompt, ids = g.integers(0, VOCABULARY, 3), g.integers(0, VOCABULARY, 2 + number % 4)
-        span = TokenSpan(prompt=Ids(prompt), ids=Ids(ids), logprobs=Floats(g.normal(-3.0, 0.1, len(ids))))
-        turns.append(Turn(step=step, observation=Observation(), action=Action(span=span)))
-    return Trajectory(
-        env="x", episode=Episode(task=Task(env="x"), seed=number), turns=Turns(items=tuple(turns)), status="terminated"
-    )
+def exact(objective: Objective, micro_tokens: int, **changes: Any) -> Learner:
+    """A learner in float64."""
+    optim = Optim(lr=0.02, warmup=0, decay=0.0, clip=0.0, epochs=2, micro_tokens=micro_tokens, **changes)
+    models = {"teacher": TEACHER.double(), "reference": REFERENCE.double()}
+    return Learner(Bare(dtype=torch.float64), objective, optim, total_steps=2, **models)
 
 
-EPISODES = [episode(n) for n in range(9)]
-CREDIT = [np.linspace(-1, 1, len(t.turns)) + 0.1 * n for n, t in enumerate(EPISODES)]
-
-
-def weights(learner: Learner) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in learner.parameters])
-
-
-@pytest.mark.parametrize("aggregation", [TokenMean(), SeqMeanTokenMean()])
-def test_micro_batches_do_not_change_a_step(aggregation: Aggregation) -> None:
-    objective = Objective(aggregation=aggregation, regularisers=(Entropy(coef=0.01),))
-    found, figures = [], []
-    for size in (10_000, 24):
-        learner = Learner(Bare(), objective, Optim(micro_tokens=size, warmup=0), total_steps=1)
-        figures.append(learner.update(EPISODES, CREDIT))
-        found.append(learner.parameters[0].grad.flatten() if learner.parameters[0].grad is not None else None)
-    assert figures[0]["tokens"] == sum(len(span.ids) for t in EPISODES for _, span in t.spans)
-    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-4)
-    assert figures[0]["grad_norm"] == pytest.approx(figures[1]["grad_norm"], rel=1e-4)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
+@pytest.mark.parametrize("name", DECLARED)
+def test_micro_batches_do_not_change_a_step(name: str) -> None:
+    """Two steps over one big micro-batch, and over many: equal weights and figures, in float64."""
+    whole, cut = exact(DECLARED[name], 10_000), exact(DECLARED[name], 24)
+    figures = [learner.update(EPISODES, CREDIT, REWARDS) for learner in (whole, cut)]
+    assert figures[0]["tokens"] == 2 * sum(len(span.ids) for t in EPISODES for _, span in t.spans)
+    assert figures[0] == pytest.approx(figures[1], rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(weights(whole), weights(cut), rtol=0, atol=1e-10)
+    assert not torch.equal(weights(whole), weights(exact(DECLARED[name], 24)))
 
 
 def test_tokens_nobody_trains_on_do_not_matter() -> None:
