@@ -27,6 +27,14 @@ BENCHES = [
     ),
 ]
 
+COMMANDS = [
+    Spec(
+        id="objectives",
+        target="agentgym_trainers.methods.command:add",
+        summary="methods of the literature: what there is, what one is, what enumeration says of it",
+    ),
+]
+
 
 def OBJECTIVES() -> list[Spec]:  # noqa: N802 - the name of a catalogue
     """Every methods/*.toml by its name."""

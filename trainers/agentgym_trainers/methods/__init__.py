@@ -44,7 +44,7 @@ class About(Struct, frozen=True, kw_only=True):
     formula: str
     notes: str = ""
     differs: str = ""
-    reward: dict[str, Any] = {}
+    reward: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class Method(Struct, frozen=True, kw_only=True):
@@ -58,13 +58,13 @@ class Method(Struct, frozen=True, kw_only=True):
 class Declaration(Struct, frozen=True, kw_only=True):
     """The sections of a method, checked; those that it does not set have a run's defaults."""
 
-    reward: dict[str, Any] = {}
+    reward: dict[str, Any] = msgspec.field(default_factory=dict)
     strategy: Strategy = Plain()
     advantage: tuple[Term, ...] = (Term(),)
     whiten: Literal["none", "trajectories", "turns", "tokens"] = "none"
     objective: Objective = Objective()
-    preference: dict[str, Any] = {}
-    optim: dict[str, Any] = {}
+    preference: dict[str, Any] = msgspec.field(default_factory=dict)
+    optim: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 def names() -> tuple[str, ...]:

@@ -1,0 +1,87 @@
+"""`agentgym objectives`: what there is, what a method is, and what enumeration says of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import tomli_w
+
+from agentgym.cli.output import Bar, emit, out, table
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the subcommand; see `agentgym.cli.arguments`."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/objectives.md")
+    parser.set_defaults(run=run_list)
+    verbs = parser.add_subparsers(metavar="show|certify", dest="verb")
+    for name, (summary, run) in VERBS.items():
+        verb = verbs.add_parser(name, help=summary, description=summary)
+        verb.add_argument("method", metavar="NAME|FILE", help="a method of `agentgym objectives`, or a TOML file")
+        for flag in ("--json", "--debug"):
+            verb.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        verb.set_defaults(run=run)
+
+
+def run_list(options: argparse.Namespace) -> None:
+    """Every method of the catalogue, and the axes on which it is unlike the defaults."""
+    from agentgym_trainers.methods.describe import markdown, rows
+
+    if options.markdown:
+        return print(markdown(), end="")
+    found = rows()
+    if options.json:
+        return emit({"objectives": found})
+    lines = [
+        (row["name"], row["title"], row["paper"], row["badge"], "; ".join(f"{k}: {v}" for k, v in row["axes"].items()))
+        for row in found
+    ]
+    columns = ("name", "title", "paper", "badge", "differs from the defaults in")
+    return out().print(table("", columns, lines), markup=False)
+
+
+def run_show(options: argparse.Namespace) -> None:
+    """One method: its axes, its formula, and what backs it."""
+    from agentgym_trainers.methods import declared, load
+    from agentgym_trainers.methods.describe import axes, differing
+
+    method = load(options.method)
+    declaration, unlike = declared(method), differing(method)
+    pasted = tomli_w.dumps(method.table)
+    if options.json:
+        about = {name: getattr(method.about, name) for name in method.about.__struct_fields__}
+        return emit({"name": method.name, **about, "axes": axes(declaration), "differing": unlike, "toml": pasted})
+    rows = [(axis, text, "" if axis in unlike else "default") for axis, text in axes(declaration).items()]
+    out().print(f"{method.name}  {method.about.title}\n", style="bold", markup=False)
+    out().print(table("", ("axis", "choice", ""), rows), "", markup=False)
+    return out().print(_prose(method), pasted, markup=False, sep="\n")
+
+
+def _prose(method: Any) -> str:
+    """What is known of the method, paragraph by paragraph."""
+    about = method.about
+    parts = {
+        "formula": about.formula.strip("\n"),
+        "source": about.paper,
+        "badge": f"{about.badge} (evidence {about.mark or 'none'})",
+        "notes": about.notes,
+        "differs": about.differs,
+        "the paper's reward": tomli_w.dumps({"reward": about.reward}).strip() if about.reward else "",
+    }
+    said = [f"{name}:\n{text}\n" if "\n" in text else f"{name}: {text}\n" for name, text in parts.items() if text]
+    return "\n".join([*said, f'use it with  method = "{method.name}"  in a run\'s config, or paste:\n'])
+
+
+def run_certify(options: argparse.Namespace) -> int:
+    """Exact bias, variance and hackability on enumerable problems; exit code 1 where a trap was found."""
+    from agentgym_trainers.exact.certify import certify
+
+    raise SystemExit(certify, Bar)
+
+
+VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], Any]]] = {
+    "show": ("axes, formula, defaults, source and badge of a method, and its TOML", run_show),
+    "certify": ("exact bias, variance and hackability of a composition on enumerable problems", run_certify),
+}
