@@ -14,7 +14,7 @@ doubly robust; per decision as in Precup, Sutton and Singh (2000) and Jiang and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -65,7 +65,9 @@ class Logged:
 
         Raises `RecordError` where the behaviour policy gave no probability to what was logged, or a number is NaN.
         """
-        mu, pi, r = (_matrix(x, name) for x, name in ((behaviour, "behaviour"), (target, "target"), (rewards, "rewards")))
+        mu, pi, r = (
+            _matrix(x, name) for x, name in ((behaviour, "behaviour"), (target, "target"), (rewards, "rewards"))
+        )
         if not (mu.shape == pi.shape == r.shape) or not mu.size:
             raise ConfigError(f"behaviour, target and rewards have one shape; got {mu.shape}, {pi.shape}, {r.shape}")
         _check(mu, pi, "row")
@@ -114,9 +116,8 @@ def logged(
     if not good:
         raise RecordError(f"none of {len(trajectories)} trajectories is an outcome; there is nothing to judge by")
     kept = [trajectories[i] for i in good]
-    sources = [recorded if behaviour is None else behaviour, target, q, v]
-    mu, pi, *model = (None if s is None else _rows(trajectories, good, s) for s in sources)
-    assert mu is not None and pi is not None
+    mu = _rows(trajectories, good, recorded if behaviour is None else behaviour)
+    pi = _rows(trajectories, good, target)
     for t, m, p in zip(kept, mu, pi, strict=True):
         _check(m, p, f"{t.episode.id}: turn")
     compose = composer(reward)
@@ -126,8 +127,8 @@ def logged(
         rewards=_padded([by_turn(c, t) for c, t in zip(composed, kept, strict=True)]),
         base=np.asarray([c.base for c in composed]),
         tasks=np.unique([t.task.id for t in kept], return_inverse=True)[1],
-        q=None if model[0] is None else _padded(model[0]),
-        v=None if model[1] is None else _padded(model[1]),
+        q=None if q is None else _padded(_rows(trajectories, good, q)),
+        v=None if v is None else _padded(_rows(trajectories, good, v)),
         failed=len(trajectories) - len(good),
     )
 
@@ -195,7 +196,9 @@ def _check(behaviour: Matrix, target: Matrix, where: str) -> None:
             "cannot do has no importance weight. Correct the log, or leave the trajectory out"
         )
     if np.isnan(target).any() or (target == np.inf).any():
-        raise RecordError(f"{where} {int(np.argwhere(~(target < np.inf))[0][0])} has a target log-prob that is no number")
+        raise RecordError(
+            f"{where} {int(np.argwhere(~(target < np.inf))[0][0])} has a target log-prob that is no number"
+        )
 
 
 # --- estimators -------------------------------------------------------------------------------------------------

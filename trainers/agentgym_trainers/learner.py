@@ -161,7 +161,7 @@ class Learner:
         minibatches = [self._prepare(part, advantages, trajectories, rewards) for part in self._cut(len(trajectories))]
         steps = [self._step(parts) for _ in range(self.optim.epochs) for parts in minibatches]
         self.updates += 1
-        return _mean([figures for figures in steps if figures])
+        return mean_figures([figures for figures in steps if figures])
 
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One optimiser step over these micro-batches; the result does not depend on how they are cut. Nothing moves,
@@ -345,7 +345,7 @@ def _to(tokens: Tokens, device: str | torch.device) -> Tokens:
     return replace(tokens, **moved)
 
 
-def _mean(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+def mean_figures(figures: Sequence[dict[str, float]]) -> dict[str, float]:
     """Figure by figure; tokens are summed, maxima stay maxima."""
     names = dict.fromkeys(name for f in figures for name in f)
     return {name: _fold(name)([f[name] for f in figures if name in f]) for name in names}
