@@ -512,8 +512,14 @@ class Objective(Struct, frozen=True, kw_only=True):
     @property
     def needs_sampler(self) -> bool:
         """Whether the sampler's log-probs are read, so that they must have been recorded."""
-        against = any(isinstance(r, Kl | KlHinge) and r.against != "reference" for r in self.regularisers)
-        return not isinstance(self.ratio, NoRatio) or bool(self.behaviour) or against or bool(self._customs)
+        compared = [r.against for r in self.regularisers if isinstance(r, Kl | KlHinge)]
+        read = not isinstance(self.ratio, NoRatio) or "old" in compared
+        return (
+            (self.proximal == "sampler" and read)
+            or "sampler" in compared
+            or bool(self.behaviour)
+            or bool(self._customs)
+        )
 
     @property
     def bypass(self) -> bool:

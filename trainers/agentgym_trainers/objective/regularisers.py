@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -101,8 +102,7 @@ def divergence(policy: Tensor, teacher: Tensor, beta: float) -> Tensor:
     p, q = (x.log_softmax(-1).clamp(min=_FLOOR) for x in (policy, teacher))
     if beta in (0.0, 1.0):
         return _kl_of(p, q) if beta else _kl_of(q, p)
-    parts = torch.stack([p + torch.tensor(1.0 - beta).log(), q + torch.tensor(beta).log()])
-    mixture = parts.logsumexp(0)
+    mixture = torch.logaddexp(p + math.log(1.0 - beta), q + math.log(beta))
     return beta * _kl_of(q, mixture) + (1.0 - beta) * _kl_of(p, mixture)
 
 
