@@ -90,16 +90,16 @@ def _srpo(d: declare.SRPO, s: Sums) -> Tensor:
     return (1.0 - d.mix) * improvement(d.beta, log_ratio(s)) + d.mix * robustness(d.beta, log_ratio(s))
 
 
-def improvement(beta: float, ratio: Tensor) -> Tensor:
-    """How far the policy is from improving a trajectory it reads, [6, P] -> [P]."""
-    up = (beta * (ratio[BETTER] - ratio[KEPT_WORSE]) - 0.5) ** 2
-    down = (beta * (ratio[WORSE] - ratio[KEPT_BETTER]) + 0.5) ** 2
+def improvement(beta: float, ratio: Tensor, p: float = 1.0) -> Tensor:
+    """How far the policy is from improving a trajectory it reads, [6, P] -> [P]; `p` that the chosen one is better."""
+    up = (beta * (ratio[BETTER] - ratio[KEPT_WORSE]) - (p - 0.5)) ** 2
+    down = (beta * (ratio[WORSE] - ratio[KEPT_BETTER]) + (p - 0.5)) ** 2
     return 0.5 * (up + down)
 
 
-def robustness(beta: float, ratio: Tensor) -> Tensor:
-    """How far it is from needing no improvement, [6, P] -> [P]."""
-    return (0.5 * beta * (gap(ratio) + ratio[BETTER] - ratio[WORSE]) - 0.5) ** 2
+def robustness(beta: float, ratio: Tensor, p: float = 1.0) -> Tensor:
+    """How far it is from leaving nothing to improve, [6, P] -> [P]."""
+    return (0.5 * beta * (gap(ratio) + ratio[BETTER] - ratio[WORSE]) - (p - 0.5)) ** 2
 
 
 def _codpo(d: declare.CODPO, s: Sums) -> Tensor:
