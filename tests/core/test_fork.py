@@ -170,7 +170,7 @@ async def test_failures_are_counted_and_in_no_mean() -> None:
 
 
 async def test_a_reward_that_is_no_sum_telescopes_too() -> None:
-    env, gate = Climb(), composer({"op": "gate", "when": "step", "at_least": 3.0, "then": "peak"})
+    env, gate = Climb(), composer({"op": "gate", "when": "step", "at_least": 3.0, "then": "peak", "otherwise": 0.5})
     t = await played(env, climber(0.7))
     found = await counterfactual(runner(env, climber(0.7)), t, gate, continuations=8)
     composed = gate.trajectory(t)

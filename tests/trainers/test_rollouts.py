@@ -1,0 +1,135 @@
+"""Rollouts: strategies with a real engine, their labels and log-probs, annotations, what is set aside, and state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from toys import BanditEnv, table
+
+from agentgym.collate import collate
+from agentgym.env import Environment
+from agentgym.errors import ConfigError
+from agentgym.modeling import build
+from agentgym.modeling.renderer import Renderer
+from agentgym.modeling.tokenizer import closed_vocabulary
+from agentgym.policy import Policy, Scripted
+from agentgym.types import Action, RewardTerm, Task, Trajectory
+from agentgym_policies.torch_engine import TorchEngine
+from agentgym_trainers.config import Config
+from agentgym_trainers.rollouts import Rollouts, Sample
+
+FOREVER = Scripted(lambda e, a: lambda o: Action(text="blue"))
+
+
+class Bandit(BanditEnv):
+    """Two tasks, over and over; its hints are words it knows."""
+
+    capabilities = frozenset({"ladder", "hints"})
+
+    def tasks(self, split: str = "train", seed: int = 0) -> Any:
+        return iter([Task(env=self.id, seed=n) for n in range(2)])
+
+    def hint(self, task: Task, level: int) -> str:
+        return "blue " * level
+
+
+RENDERER = Renderer(closed_vocabulary(BanditEnv().vocabulary()))
+
+
+def engine() -> TorchEngine:
+    model = build.tiny(len(RENDERER.tokenizer), hidden=16, layers=1, seed=0)
+    return TorchEngine(model, RENDERER, slots=16, max_length=96, threads=1)
+
+
+def rollouts(policy: Policy, env: Environment | None = None, strategy: Any = None, **options: Any) -> Rollouts:
+    declared = table(rollout={"tasks_per_step": 2, "group_size": 4}, env={"id": "bandit-v0"})
+    config = msgspec.convert({**declared, "strategy": strategy or {"kind": "plain"}}, Config)
+    return Rollouts(config, env or Bandit(), policy, **options)
+
+
+async def test_a_forced_half_is_recorded_with_its_share() -> None:
+    strategy = {"kind": "forced_mode", "begin": "red", "share": 0.5, "reference": 2}
+    with pytest.raises(ConfigError, match="'forced_mode' has the initial policy play; give it as reference="):
+        rollouts(FOREVER, strategy=strategy)
+    who = rollouts(engine(), strategy=strategy, reference=FOREVER)
+    groups = await who.play(0)
+    for group in groups:
+        firsts = [next(span for _, span in s.trajectory.spans) for s in group]
+        assert [s.trajectory.labels["mode"] for s in group] == ["forced"] * 2 + ["free"] * 2
+        for span in firsts[:2]:
+            assert span.ids[0] == RENDERER.encode("red")[0]
+            assert span.sampled_logprobs[0] == pytest.approx(math.log(0.5))
+        assert not any(span.sampled_logprobs for span in firsts[2:])
+        assert {s.trajectory.metrics["reference"] for s in group} == {1.0}
+    assert [s.trajectory.labels["mode"] for s in who.aside] == ["reference"] * 4
+    assert [t.seed for t in {s.trajectory.task.id: s.trajectory.task for s in who.aside}.values()] == [0, 1]
+
+
+async def test_hinted_members_are_trained_under_the_original_prompt() -> None:
+    who = rollouts(engine(), strategy={"kind": "hinted_rejection", "count": 2, "attempts": 2})
+    groups = await who.play(0)
+    assert [len(g) for g in groups] == [4, 4]
+    blue = RENDERER.encode("blue")[0]
+    played = [*(s for g in groups for s in g), *who.aside]
+    hinted = [s.trajectory for s in played if s.trajectory.labels["hint"] == "1"]
+    assert len(played) == 8 + len(who.aside)
+    assert hinted
+    for t in hinted:
+        first = next(span for _, span in t.spans)
+        assert (blue in first.prompt, blue in first.unhinted) == (True, False)
+        (batch,) = collate([t], [np.ones(2)], max_tokens=99)
+        (plain,) = collate([t.replace(episode=t.episode.replace(guidance=None))], [np.ones(2)], max_tokens=99)
+        assert len(plain.ids) == len(batch.ids) + 1
+        np.testing.assert_array_equal(plain.logprobs[plain.mask == 1], batch.logprobs[batch.mask == 1])
+
+
+async def test_annotated_terms_are_composed_and_not_recorded() -> None:
+    def annotate(found: list[Trajectory]) -> Sequence[Sequence[RewardTerm]]:
+        return [(RewardTerm(name="policy.tokens", value=float(t.episode.member)),) for t in found]
+
+    declared = table(rollout={"tasks_per_step": 1, "group_size": 3}) | {
+        "reward": {"op": "weighted_sum", "of": {"hit": 1.0, "policy.tokens": -0.5}}
+    }
+    who = Rollouts(msgspec.convert(declared, Config), BanditEnv(), FOREVER, annotate=annotate)
+    (group,) = await who.play(0)
+    assert [s.value for s in group] == [2.0, 1.5, 1.0]
+    assert {term.name for s in group for term in s.trajectory.rewards} == {"hit"}
+
+
+async def test_state_goes_on_where_it_was_taken() -> None:
+    strategy = {"kind": "hint_levels", "variant": "light"}
+    nothing = Scripted(lambda e, a: lambda o: Action(text="red"))
+
+    async def hints(who: Rollouts, step: int) -> list[str]:
+        groups = await who.play(step)
+        return [s.trajectory.labels["hint"] for g in groups for s in g]
+
+    straight = rollouts(nothing, strategy=strategy)
+    found = [await hints(straight, step) for step in range(3)]
+    assert [set(labels) for labels in found] == [{"0"}, {"1"}, {"2"}]
+    cut = rollouts(nothing, strategy=strategy)
+    await cut.play(0)
+    saved = msgspec.json.decode(msgspec.json.encode(cut.state()))
+    resumed = rollouts(nothing, strategy=strategy)
+    resumed.restore(saved)
+    assert [await hints(resumed, step) for step in (1, 2)] == found[1:]
+    assert resumed.state() == straight.state()
+    assert saved["cursor"] == 2
+
+
+async def test_a_strategy_the_environment_cannot_carry_is_refused_when_built() -> None:
+    with pytest.raises(ConfigError, match="needs the capability 'hints'"):
+        rollouts(FOREVER, env=BanditEnv(), strategy={"kind": "hint_levels"})
+
+
+async def test_aside_is_what_was_not_handed_over() -> None:
+    who = rollouts(FOREVER, strategy={"kind": "dynamic_filter", "rounds": 2})
+    assert await who.play(0) == []
+    assert len(who.aside) == 16
+    assert who.cursor.position == 4
+    assert all(isinstance(s, Sample) and s.value == 2.0 for s in who.aside)
