@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import toys
 from toys import BanditEnv, table
 
 from agentgym.collate import collate
@@ -18,11 +20,14 @@ from agentgym.modeling import build
 from agentgym.modeling.renderer import Renderer
 from agentgym.modeling.tokenizer import closed_vocabulary
 from agentgym.policy import Policy, Scripted
+from agentgym.store import load_run
 from agentgym.types import Action, RewardTerm, Task, Trajectory
 from agentgym_policies.torch_engine import TorchEngine
-from agentgym_trainers.config import Config
+from agentgym_trainers.config import Config, resolve
+from agentgym_trainers.loop import PolicyGradient
 from agentgym_trainers.rollouts import Rollouts, Sample
 
+toys.register()
 FOREVER = Scripted(lambda e, a: lambda o: Action(text="blue"))
 
 
@@ -133,3 +138,45 @@ async def test_aside_is_what_was_not_handed_over() -> None:
     assert len(who.aside) == 16
     assert who.cursor.position == 4
     assert all(isinstance(s, Sample) and s.value == 2.0 for s in who.aside)
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------
+
+GIVEN = {"key": "none", "centre": "given", "scale": "none"}
+WHOLE: dict[str, Any] = {
+    "dynamic_filter": {"strategy": {"kind": "dynamic_filter"}},
+    "greedy": {"strategy": {"kind": "greedy"}, "advantage": [{**GIVEN, "given": "greedy"}]},
+    "contrastive": {"strategy": {"kind": "contrastive", "sample": 6, "keep": 4}},
+    "forced_mode": {
+        "strategy": {"kind": "forced_mode", "begin": "red", "reference": 2},
+        "advantage": [{**GIVEN, "given": "reference"}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_run_goes_on_after_an_interruption_with_the_same_episodes(name: str, tmp_path: Path) -> None:
+    def stop(phase: str, done: int, total: int, figures: Any) -> None:
+        if (phase, done) == ("rl", 2):  # behind the checkpoint of the first update
+            raise KeyboardInterrupt
+
+    declared = table(
+        run={"steps": 3, "checkpoint_every": 1, "deterministic": True},
+        warmup={"steps": 0},
+        sft={"steps": 0},
+        eval={"episodes": 0},
+        rollout={"tasks_per_step": 3, "group_size": 4},
+    )
+    config = resolve({**declared, **WHOLE[name]})
+    PolicyGradient.train(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        PolicyGradient.train(config, tmp_path / "cut", progress=stop)
+    PolicyGradient.train(None, tmp_path / "cut", resume=True)
+    one, other = ([t.content() for t in load_run(tmp_path / part).trajectories()] for part in ("whole", "cut"))
+    assert one == other
+    assert len(one) > 3
+
+
+def test_a_run_that_cannot_be_is_refused_before_it_begins(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'hint_levels' needs the capability 'hints'; bandit-v0 claims ladder"):
+        PolicyGradient.train(resolve(table() | {"strategy": {"kind": "hint_levels"}}), tmp_path / "run")

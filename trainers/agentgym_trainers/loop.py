@@ -33,7 +33,7 @@ from agentgym.policy import Policy
 from agentgym.report import write_report
 from agentgym.types import Trajectory, WeightsVersion, iterate
 from agentgym_trainers import config as configs
-from agentgym_trainers import figures, language, sft
+from agentgym_trainers import figures, language, sft, strategies
 from agentgym_trainers.config import Config
 from agentgym_trainers.figures import Figures
 from agentgym_trainers.learner import Learner, Optim
@@ -132,6 +132,9 @@ class _Training:
         self.state, self.progress = state, progress
         self.config = config = state.config
         self.env: Environment = registry.make(**config.env)
+        strategies.make(
+            config.strategy, self.env, group_size=config.rollout.group_size
+        )  # refuses before anything is paid
         self.seconds: defaultdict[str, float] = defaultdict(float, state.stage.seconds if state.stage else {})
         self.buffer = Buffer(config.rollout.max_staleness, config.rollout.drop_equal)
         self.buffer.counts.update(state.stage.counts if state.stage else {})
@@ -196,9 +199,9 @@ class _Training:
         await self.model.publish(WeightsVersion(number=position(self.config, name, total)))
 
     def _save(self, phase: str, step: int, learner: Learner) -> None:
-        cursor = self.rollouts.cursor.position if phase == "rl" else 0
+        rollouts = self.rollouts.state() if phase == "rl" else {}
         counts = dict(self.buffer.counts)
-        stage = Stage(phase=phase, step=step, cursor=cursor, seconds=dict(self.seconds), counts=counts)
+        stage = Stage(phase=phase, step=step, rollouts=rollouts, seconds=dict(self.seconds), counts=counts)
         self.state.save(stage, learner, self.model)
 
     def _learner(self, objective: Objective, optim: Optim, updates: int, **options: Any) -> Learner:
@@ -234,9 +237,13 @@ class _Training:
     async def _reinforce(self) -> None:
         config, run = self.config, self.config.run
         frozen = run.algorithm == "best_of_n"
-        self.player = language.engine(config, self._reference(), self.model.renderer) if frozen else self.model.engine
-        self.rollouts = Rollouts(config, self.env, self.player)
-        self.rollouts.cursor.seek(self.state.stage.cursor if self.state.stage else 0)
+        initial = None
+        if frozen or strategies.needs_reference(config.strategy):
+            initial = language.engine(config, self._reference(), self.model.renderer)
+        self.player = initial if frozen else self.model.engine
+        self.rollouts = Rollouts(config, self.env, self.player, reference=initial)
+        if self.state.stage is not None:
+            self.rollouts.restore(self.state.stage.rollouts or {"cursor": self.state.stage.cursor})
         objective = config.objective if run.algorithm == "policy_gradient" else IMITATION
         learner = self._learner(
             objective,
@@ -252,8 +259,8 @@ class _Training:
         try:
             await self._phase("rl", learner, one, run.checkpoint_every)
         finally:
-            if frozen:
-                self.player.close()
+            if initial is not None:
+                initial.close()
 
     # --- one update ---
 
@@ -285,7 +292,8 @@ class _Training:
             return learner.update(best, sft.ones(best)) if best else {}
         held = [(s.trajectory, s.reward) for s in samples]
         values = advantages(held, self.config.advantage, whiten=self.config.whiten)
-        return learner.update([s.trajectory for s in samples], values)
+        kept = [(s.trajectory, v) for s, v in zip(samples, values, strict=True) if s.train]
+        return learner.update([t for t, _ in kept], [v for _, v in kept])
 
     def _reference(self) -> Any:
         """The policy as it was before reinforcement, kept in the run's folder for a resumed run."""

@@ -24,13 +24,15 @@ RNG = "rng"
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run stands: `step` steps of `phase` are done; `learner` and `cursor` are the small state of that
+    """Where a run stands: `step` steps of `phase` are done; `learner` and `rollouts` are the small state of that
     moment; `seconds` and `counts` go on from there."""
 
     phase: str
     step: int
     learner: dict[str, Any] = {}
+    rollouts: dict[str, Any] = {}
     cursor: int = 0
+    """The whole state of rollouts in checkpoints that were written before there were strategies."""
     seconds: dict[str, float] = {}
     counts: dict[str, int] = {}
 
