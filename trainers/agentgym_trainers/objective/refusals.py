@@ -163,7 +163,7 @@ def _sequence_bounds(o: Any) -> None:
         return
     low, high = gate.low, gate.high
     if gate.adaptive is not None:
-        low, high = 1 - gate.adaptive.low[1], gate.adaptive.high[0] - 1
+        low, high = round(1 - gate.adaptive.low[1], 9), round(gate.adaptive.high[0] - 1, 9)
     if max(low, high) >= 0.2:
         raise ConfigError(
             f"a sequence ratio moves by thousandths: clip bounds {low:g}, {high:g} are those of tokens and never bind. "
