@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from agentgym import make
+from agentgym.advantages import Term, advantages
 from agentgym.env import SingleAgentEnv
 from agentgym.errors import ConfigError, EngineFault, Fault, RecordError
 from agentgym.fork import Counterfactual, alternatives, counterfactual
@@ -117,6 +118,17 @@ async def test_advantages_are_the_definition_and_add_up() -> None:
     paid = by_turn(SUM.trajectory(t), t)
     np.testing.assert_allclose(found.advantages, paid + found.values[1:] - found.values[:-1])
     assert found.advantages.sum() == pytest.approx(SUM.trajectory(t).value - found.values[0])
+
+
+async def test_its_values_serve_as_a_critics() -> None:
+    """One-step GAE over these values is the counterfactual advantage; over turns alone the end has value 0 anyway."""
+    env = Climb()
+    t = await played(env, climber(0.5))
+    found = await counterfactual(runner(env, climber(0.5)), t, SUM, continuations=4)
+    term = Term(key="none", centre="none", scale="none", credit="gae", gamma=1.0, lam=0.0)
+    for given in (found.values, found.values[:-1]):
+        (credit,) = advantages([(t, SUM.trajectory(t))], [term], values=[given])
+        np.testing.assert_allclose(credit, found.advantages)
 
 
 async def test_a_certain_continuation_gives_exact_values() -> None:
