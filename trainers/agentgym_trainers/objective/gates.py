@@ -121,13 +121,12 @@ def _room(gate: declare.VariationBudget, t: Tokens, parts: Parts) -> Tensor:
 
 
 def _branch_clip(gate: declare.BranchClip, t: Tokens, parts: Parts) -> Tensor:
-    def branch(log: Tensor, low: float, high: float) -> Tensor:
-        ratio = log.exp()
+    def branch(ratio: Tensor, low: float, high: float) -> Tensor:
         if gate.pessimistic:
             return _least(ratio, low, high, t.advantages)
         return ratio.clamp(1 - low, 1 + high) * t.advantages
 
-    token, sequence = parts.logs
+    token, sequence = parts.each
     return parts.weight * branch(token, *gate.token) + (1.0 - parts.weight) * branch(sequence, *gate.sequence)
 
 
@@ -186,8 +185,8 @@ def _over_room(gate: declare.VariationBudget, t: Tokens, parts: Parts) -> Held:
 
 def _branches_clipped(gate: declare.BranchClip, t: Tokens, parts: Parts) -> Held:
     """Where either branch is held back."""
-    pairs = zip(parts.logs, (gate.token, gate.sequence), strict=True)
-    (up, down), (more_up, more_down) = (_stopped(log.exp(), *bounds, t.advantages) for log, bounds in pairs)
+    pairs = zip(parts.each, (gate.token, gate.sequence), strict=True)
+    (up, down), (more_up, more_down) = (_stopped(ratio, *bounds, t.advantages) for ratio, bounds in pairs)
     return up | more_up, down | more_down
 
 

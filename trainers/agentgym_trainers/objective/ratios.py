@@ -41,8 +41,13 @@ class Parts:
         """rho [M]."""
         if self.combine == "sum":
             return self.log.exp()
-        first, second = (log.exp() for log in self.logs)
+        first, second = self.each
         return self.weight * first + (1.0 - self.weight) * second
+
+    @cached_property
+    def each(self) -> tuple[Tensor, ...]:
+        """The ratio of each part [M]."""
+        return tuple(log.exp() for log in self.logs)
 
 
 def ratio_of(declared: Any, t: Tokens) -> Parts:
@@ -117,22 +122,24 @@ def _mix(declared: declare.Mix, t: Tokens) -> Parts:
 
 
 def _levels(declared: declare.Levels, t: Tokens) -> Parts:
-    """Means over domain, prompt and trajectory, each less the one around it."""
+    """Means over domain, prompt and trajectory, each less the one around it; at last the token less its trajectory."""
     delta = moved(t)
-    means = [_mean_over(level, delta, t) for level in declared.levels]
-    return Parts((means[0], *(inner - outer for outer, inner in pairwise(means))))
+    sums = per_sequence(delta, t, mean=False)
+    means = [_mean_over(level, sums, t) for level in declared.levels[:-1]]
+    if not means:
+        return Parts((delta,))
+    steps = [means[0], *(inner - outer for outer, inner in pairwise(means))]
+    return Parts((*(step[t.sequence] for step in steps), delta - means[-1][t.sequence]))
 
 
-def _mean_over(level: str, x: Tensor, t: Tokens) -> Tensor:
-    """The mean over the tokens that share a domain, a prompt or a trajectory: [M]."""
-    if level == "token":
-        return x
+def _mean_over(level: str, sums: Tensor, t: Tokens) -> Tensor:
+    """The mean over the tokens of all sequences that share a domain, a prompt or a trajectory: [S], from [S] sums."""
     if level == "trajectory":
-        return per_sequence(x, t, mean=True)[t.sequence]
+        return sums / t.lengths.clamp(min=1)
     owner = needed(t.domain, "domain") if level == "domain" else needed(t.group, "group")
     names, index = owner.unique(return_inverse=True)
-    index = index[t.sequence]
-    return pool(x, index, len(names), mean=True)[index]
+    total, count = (pool(x, index, len(names), mean=False) for x in (sums, t.lengths))
+    return (total / count.clamp(min=1))[index]
 
 
 RATIOS: dict[type[declare.Kind], Callable[[Any, Tokens], Parts]] = {
