@@ -50,7 +50,7 @@ def head_of(model: Any) -> Head:
     return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def _by_chunks(function: Callable[..., Any], head: Head, chunk: int | None, *rows: Tensor) -> list[Any]:
+def by_chunks(function: Callable[..., Any], head: Head, chunk: int | None, *rows: Tensor) -> list[Any]:
     """The function over so many rows at a time as `LOGITS` allows; what fits into one chunk is not computed twice."""
     size = chunk or max(LOGITS // head.weight.shape[0], 1)
     again = torch.is_grad_enabled() and len(rows[0]) > size
@@ -85,7 +85,7 @@ def chunked_logprobs(
     if not len(targets):
         empty = hidden.sum(-1)  # no rows, and yet part of the graph
         return empty, empty
-    chosen, entropies = zip(*_by_chunks(one, head, chunk, hidden, targets), strict=True)
+    chosen, entropies = zip(*by_chunks(one, head, chunk, hidden, targets), strict=True)
     return torch.cat(chosen), torch.cat(entropies)
 
 
@@ -110,18 +110,23 @@ def chunked_divergence(
         raise ModelError(f"policy and teacher have {sizes[0]} and {sizes[1]} logits; they need the same vocabulary")
 
     def one(hidden: Tensor, teacher: Tensor) -> Tensor:
-        policy = torch.log_softmax(head.logits(hidden) / temperature, -1)
-        other = torch.log_softmax(teacher_head.logits(teacher) / temperature, -1)
-        if beta in (0.0, 1.0):
-            return _kl(other, policy) if beta == 0.0 else _kl(policy, other)
-        middle = torch.logaddexp(other + math.log(beta), policy + math.log(1.0 - beta))
-        return beta * _kl(other, middle) + (1.0 - beta) * _kl(policy, middle)
+        return divergence(head.logits(hidden) / temperature, teacher_head.logits(teacher) / temperature, beta)
 
-    return torch.cat(_by_chunks(one, head, chunk, hidden, teacher)) if len(hidden) else hidden.sum(-1)
+    return torch.cat(by_chunks(one, head, chunk, hidden, teacher)) if len(hidden) else hidden.sum(-1)
+
+
+def divergence(policy: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """The divergence that `chunked_divergence` forms, of logits [..., V] -> [...]. A token that both rule out (-inf)
+    adds nothing; one that only the policy rules out costs a large, finite number."""
+    p, q = (torch.log_softmax(x, -1).clamp(min=-1e4) for x in (policy, teacher))
+    if beta in (0.0, 1.0):
+        return _kl(q, p) if beta == 0.0 else _kl(p, q)
+    middle = torch.logaddexp(q + math.log(beta), p + math.log(1.0 - beta))
+    return beta * _kl(q, middle) + (1.0 - beta) * _kl(p, middle)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p, q) of log-probs [n, V]: [n]."""
+    """KL(p, q) of log-probs [..., V]: [...]."""
     return (p.exp() * (p - q)).sum(-1)
 
 

@@ -23,12 +23,12 @@ import torch
 from objective_twins import random_step, tensors
 from torch import Tensor
 
+from agentgym.modeling.logprobs import divergence
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.aggregations import totals
 from agentgym_trainers.objective.behaviours import weights
 from agentgym_trainers.objective.compute import loss
 from agentgym_trainers.objective.declare import Objective
-from agentgym_trainers.objective.regularisers import divergence
 from agentgym_trainers.objective.tokens import Tokens, needed
 
 LENGTHS = [5, 1, 7, 3]

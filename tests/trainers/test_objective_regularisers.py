@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from objective_twins import Step, flat, row, steps, tensors
 
 from agentgym.errors import RecordError
+from agentgym.modeling.logprobs import divergence
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.compute import loss
 from agentgym_trainers.objective.contrast import contrasted
-from agentgym_trainers.objective.regularisers import KLS, REGULARISERS, divergence, penalty
+from agentgym_trainers.objective.regularisers import KLS, REGULARISERS, penalty
 from agentgym_trainers.objective.tokens import Tokens, Totals
 
 KINDS: list[Any] = [

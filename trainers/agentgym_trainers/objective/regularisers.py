@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from agentgym_trainers.objective import declare
@@ -88,23 +86,3 @@ REGULARISERS: dict[type[declare.Kind], Callable[[Any, Tokens], Tensor]] = {
     declare.Sft: _sft,
     declare.CustomPenalty: _custom,
 }
-
-# --- over the whole vocabulary ----------------------------------------------------------------------------------
-
-_FLOOR = -1e4
-"""Stands for the log-prob of what a distribution rules out, so that 0 x log 0 is 0."""
-
-
-def divergence(policy: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """D(teacher, policy) of logits [..., V], per position [...]: the generalised Jensen-Shannon divergence with the
-    mixture beta teacher + (1 - beta) policy (2306.13649), beta KL(teacher, mixture) + (1 - beta) KL(policy, mixture).
-    beta = 0 is KL(teacher, policy), beta = 1 is KL(policy, teacher). Differentiable in both."""
-    p, q = (x.log_softmax(-1).clamp(min=_FLOOR) for x in (policy, teacher))
-    if beta in (0.0, 1.0):
-        return _kl_of(p, q) if beta else _kl_of(q, p)
-    mixture = torch.logaddexp(p + math.log(1.0 - beta), q + math.log(beta))
-    return beta * _kl_of(q, mixture) + (1.0 - beta) * _kl_of(p, mixture)
-
-
-def _kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
