@@ -69,13 +69,18 @@ def read_value(text: str) -> Any:
 
 
 def merge(base: Table, over: Mapping[str, Any]) -> Table:
-    """Lay `over` on `base`, in place, table by table; other values replace."""
+    """Lay `over` on `base`, in place, table by table; other values replace, and so does a table of another kind."""
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict) and not _other_kind(base[key], value):
             merge(base[key], value)
         else:
             base[key] = dict(value) if isinstance(value, Mapping) else value
     return base
+
+
+def _other_kind(base: Table, over: Mapping[str, Any]) -> bool:
+    """Whether `over` says it is something else, so that the options of `base` mean nothing there."""
+    return any(tag in over and base.get(tag) != over[tag] for tag in ("kind", "op"))
 
 
 def sections(table: Table, known: Iterable[str]) -> Table:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,19 +21,23 @@ from agentgym import registry
 from agentgym.advantages import Term
 from agentgym.env import Environment
 from agentgym.errors import AgentGymError, ConfigError, unknown
-from agentgym.presets import merge, parse_settings, read_preset, read_toml
+from agentgym.presets import Table, merge, parse_settings, read_preset, read_toml
 from agentgym.rewards import check_gamma, composer
 from agentgym.rollout import Limits
 from agentgym.types import Sampling
+from agentgym_trainers import methods
+from agentgym_trainers.critic import CriticConfig
 from agentgym_trainers.learner import Optim
-from agentgym_trainers.objective.declare import Clip, Objective, Struct
+from agentgym_trainers.objective.declare import IMITATION, Clip, Distillation, Objective, Struct
+from agentgym_trainers.preference.declare import Preference
 from agentgym_trainers.strategies.declare import Plain, Strategy
 
 
 class RunConfig(Struct, frozen=True, kw_only=True):
-    """algorithm         "policy_gradient", or one of the baselines that tell reinforcement from more imitation:
-                         "best_of_n" imitates the best member of each group, all sampled from the warm start;
-                         "expert_iteration" does the same with groups sampled from the policy as it learns
+    """algorithm         "policy_gradient"; "preference", learning from pairs as [preference] declares; or one of the
+                         baselines that tell reinforcement from more imitation: "best_of_n" imitates the best member of
+                         each group, all sampled from the warm start; "expert_iteration" does the same with groups
+                         sampled from the policy as it learns
     steps             updates after the warm start
     deterministic     bit-identical weights on one machine and set of versions; slower
     threads           of torch; 0 = leave as it is
@@ -40,7 +45,7 @@ class RunConfig(Struct, frozen=True, kw_only=True):
     """
 
     seed: int = 0
-    algorithm: Literal["policy_gradient", "best_of_n", "expert_iteration"] = "policy_gradient"
+    algorithm: Literal["policy_gradient", "preference", "best_of_n", "expert_iteration"] = "policy_gradient"
     steps: int = 60
     deterministic: bool = False
     threads: int = 0
@@ -56,6 +61,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     init        standard deviation of the first weights; tiny models learn faster from more than the usual 0.02
     history     what to do where the chat template rewrites earlier turns: append, branch, refuse
     template    replaces the tokenizer's chat template ("chatml" or Jinja text); "" keeps it
+    teacher     folder of the model that a distillation learns from, with the same tokenizer
     """
 
     path: str = ""
@@ -70,6 +76,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     dtype: Literal["float32", "bfloat16"] = "float32"
     history: Literal["append", "branch", "refuse"] = "append"
     template: str = ""
+    teacher: str = ""
 
 
 class WarmupConfig(Struct, frozen=True, kw_only=True):
@@ -87,20 +94,22 @@ class WarmupConfig(Struct, frozen=True, kw_only=True):
 
 class SftConfig(Struct, frozen=True, kw_only=True):
     """Supervised warm start on `demonstrations` episodes of the teacher: names of the environment's ladder and the
-    share of episodes each plays."""
+    share of episodes each plays. With advantage one, so that `objective` is maximum likelihood unless it says more:
+    one with a ratio against proximal = "learner" keeps each of the optim.epochs x minibatches near where it began."""
 
     steps: int = 0
     batch: int = 32
     demonstrations: int = 2000
     teacher: dict[str, float] = msgspec.field(default_factory=lambda: {"teacher": 1.0})
     optim: Optim = Optim(lr=2e-3, warmup=30, decay=0.7)
+    objective: Objective = IMITATION
 
 
 class RolloutConfig(Struct, frozen=True, kw_only=True):
     """One update plays `tasks_per_step` tasks, `group_size` times each.
 
     slots, max_length  of the engine: sequences decoded together, tokens a sequence may have (0 = the engine's default)
-    drop_equal         leave out groups whose returns are all equal: nothing is to be learnt from them
+    drop_equal         leave out groups whose returns are all equal (and refill nothing: see strategy "dynamic_filter")
     limits             deadlines in seconds and the runner's own turn budget; see `rollout.Limits`
     """
 
@@ -110,7 +119,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True):
     slots: int = 64
     max_length: int = 0
     retries: int = 2
-    drop_equal: bool = True
+    drop_equal: bool = False
     max_staleness: int = 0
     limits: Limits = Limits()
 
@@ -129,10 +138,13 @@ class EvalConfig(Struct, frozen=True, kw_only=True):
 class Config(Struct, frozen=True, kw_only=True):
     """A run. `env` holds an `id` and the environment's own settings; `reward` a composer declaration, empty for the
     environment's own ("environment" inside it stands for that); `advantage` the summed terms; `whiten` as in
-    `advantages.advantages`.
+    `advantages.advantages`. `method` names the method of the catalogue (or the TOML file) whose sections `resolve` laid
+    under the run's own; `critic` is at work where an advantage has credit "gae", `preference` where run.algorithm says
+    so.
     """
 
     env: dict[str, Any]
+    method: str = ""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     warmup: WarmupConfig = WarmupConfig()
@@ -144,8 +156,15 @@ class Config(Struct, frozen=True, kw_only=True):
     advantage: tuple[Term, ...] = (Term(),)
     whiten: Literal["none", "trajectories", "turns", "tokens"] = "none"
     objective: Objective = Objective(gate=Clip(high=0.28))
+    preference: Preference = Preference()
+    critic: CriticConfig = CriticConfig()
     optim: Optim = Optim()
     eval: EvalConfig = EvalConfig()
+
+    @property
+    def gae(self) -> Term | None:
+        """The term that has a critic learn, if any."""
+        return next((term for term in self.advantage if term.credit == "gae"), None)
 
     def table(self) -> dict[str, Any]:
         """As plain tables, for a TOML file."""
@@ -156,20 +175,41 @@ class Config(Struct, frozen=True, kw_only=True):
 def resolve(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
     """A preset's id, a TOML file or a table, with `["a.b=value"]` laid over it, checked.
 
-    Raises `ConfigError` for a key that does not exist (naming its path and the nearest one), a value of the wrong
-    kind, and combinations that cannot be meant.
+    Either may name a `method`: what it says of its axes then replaces what lay there before, and whoever names it may
+    change single keys of it. Raises `ConfigError` for a key that does not exist (naming its path and the nearest one),
+    a value of the wrong kind, and combinations that cannot be meant.
     """
-    table: dict[str, Any] = {}
     if isinstance(source, Path):
-        table = read_toml(source)
-    else:
-        merge(table, read_preset(source) if isinstance(source, str) else source)
-    merge(table, parse_settings(overrides))
+        source = read_toml(source)
+    table: Table = {}
+    for layer in (read_preset(source) if isinstance(source, str) else source, parse_settings(overrides)):
+        if layer.get("method"):
+            _lay_method(table, str(layer["method"]))
+        merge(table, layer)
     return from_table(table)
 
 
+AXES = ("strategy", "advantage", "whiten", "objective", "preference")
+"""Sections that a method replaces whole, also those that it leaves at their defaults."""
+
+
+def _lay_method(table: Table, name: str) -> None:
+    """The method in place of what stands on its axes; its reward and optimiser settings over those that are there."""
+    method = methods.load(name).table
+    for axis in AXES:
+        table.pop(axis, None)
+    if "reward" in method:
+        table.pop("reward", None)
+    merge(table, deepcopy(method))
+    algorithm = "preference" if "preference" in method else "policy_gradient"
+    merge(table, {"run": {"algorithm": algorithm}})
+
+
 def from_table(table: Mapping[str, Any]) -> Config:
-    """A checked config from plain tables; "environment" inside `reward` becomes the environment's own declaration."""
+    """A checked config from plain tables; "environment" inside `reward` becomes the environment's own declaration.
+
+    A `method` is a name here and no more: `resolve` lays its sections.
+    """
     _check_keys(table, Config, "")
     table = {**table, "reward": _filled(table.get("reward", {}), table.get("env", {}))}
     try:
@@ -190,9 +230,9 @@ def _filled(declaration: Any, env: Mapping[str, Any]) -> Any:
 
 
 def _check_keys(value: Any, kind: Any, path: str) -> None:
-    """Walk a table beside the types; the first key without a field is an error."""
+    """Walk a table beside the types; the first key without a field, or kind without a class, is an error."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return
+        kind = _member(value, [k for k in typing.get_args(kind) if _is_struct(k)], path)
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _check_keys(item, typing.get_args(kind)[0], f"{path}[{index}]")
@@ -201,9 +241,23 @@ def _check_keys(value: Any, kind: Any, path: str) -> None:
         known = [name for name in fields if not name.startswith("__")]
         for key, inner in value.items():
             where = f"{path}.{key}" if path else str(key)
+            if key == getattr(getattr(kind, "__struct_config__", None), "tag_field", None):
+                continue
             if key not in known:
                 raise ConfigError(f"{where}: {unknown('setting', str(key), known)}")
             _check_keys(inner, fields[key], where)
+
+
+def _member(value: Any, kinds: Sequence[Any], path: str) -> Any:
+    """The class of a union that this table is meant for: the only one, or the one that its `kind` names."""
+    if not isinstance(value, Mapping) or len(kinds) < 2:
+        return kinds[0] if kinds else None
+    named = {kind.__struct_config__.tag: kind for kind in kinds}
+    if "kind" not in value:
+        raise ConfigError(f"{path}: say which kind it is; there are {', '.join(sorted(named))}")
+    if value["kind"] not in named:
+        raise ConfigError(f"{path}.kind: {unknown('kind', str(value['kind']), named)}")
+    return named[value["kind"]]
 
 
 def _is_struct(kind: Any) -> bool:
@@ -221,6 +275,14 @@ def _check(config: Config) -> None:
         raise ConfigError(f"rollout.max_staleness = {r.max_staleness}: this loop is synchronous; set it to 0")
     if r.group_size == 1 and any("prompt" in term.parts and term.singleton == "zero" for term in config.advantage):
         raise ConfigError("a group of one has no baseline: set rollout.group_size above 1, or an advantage key 'batch'")
+    if config.objective.find(Distillation) and not config.model.teacher:
+        raise ConfigError("distillation needs a teacher: set model.teacher to the folder of a model in hub format")
+    warm = config.sft.objective
+    if warm.needs_sampler or warm.needs_reference or warm.find(Distillation):
+        raise ConfigError(
+            "demonstrations bring no log-probs of a sampler, no reference and no teacher: set sft.objective.proximal "
+            "to 'learner', and drop behaviour corrections, KL and distillation"
+        )
     if config.reward:
         composer(config.reward)
     for term in config.advantage:

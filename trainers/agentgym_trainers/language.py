@@ -16,6 +16,7 @@ from agentgym.modeling import build, tokenizer
 from agentgym.modeling.renderer import Renderer
 from agentgym.types import Batch, Sampling, Trajectory, WeightsVersion
 from agentgym_trainers.config import Config
+from agentgym_trainers.forward import Blank
 from agentgym_trainers.learner import Advantages
 
 ENGINE = "torch"
@@ -31,6 +32,13 @@ class LanguageModel:
     def module(self) -> nn.Module:
         module: nn.Module = self.model
         return module
+
+    @property
+    def blank(self) -> Blank:
+        """What a masked observation token becomes: padding, or the end mark; the template's marks stay."""
+        tokens = self.renderer.tokenizer
+        filler = tokens.eos_token_id if tokens.pad_token_id is None else tokens.pad_token_id
+        return Blank(filler or 0, tuple(tokens.all_special_ids))
 
     def collate(
         self,

@@ -24,12 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agentgym.errors import ConfigError, ModelError, RecordError
-from agentgym.modeling.logprobs import token_logprobs
 from agentgym.seeding import rng
 from agentgym.types import Batch, Trajectory, WeightsVersion
 from agentgym_trainers import ranks
 from agentgym_trainers.controllers import begun, check_watched, controlled, numbers, with_numbers
-from agentgym_trainers.forward import LEAVES, Blank, Forward, Micro, joined
+from agentgym_trainers.forward import LEAVES, Blank, Forward, Micro, joined, trained
 from agentgym_trainers.objective.aggregations import count_parts
 from agentgym_trainers.objective.compute import loss, summarise
 from agentgym_trainers.objective.declare import Objective, Struct
@@ -199,6 +198,7 @@ class Learner:
         together = self.objective.coupled and (ranks.count() > 1 or len(parts) > 1)
         value, sums = (self._together if together else self._apart)(parts, total)
         figures = {"loss": value, "grad_norm": 0.0, "tokens": float(total.tokens), **summarise(sums, total)}
+        figures |= numbers(self.objective)
         check_watched(self.objective, figures)
         figures["grad_norm"] = self.move()
         self.objective = controlled(self.objective, self.steps, figures)
@@ -247,15 +247,18 @@ class Learner:
         mine = {name: d[start:] for name, d in zip(leaves, slopes, strict=True) if d is not None}
         return float(found.detach()), [sums], mine
 
-    def logprobs(self, batch: Batch, module: nn.Module | None = None, entropy: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probs of the trained tokens and their entropies under the policy or another module, 0 elsewhere; [N]."""
-        return token_logprobs(
-            self.trainable.module() if module is None else module,
-            batch,
-            temperature=self.forward.temperature,
-            entropy=entropy,
-            masked_only=True,
-        )
+    @torch.no_grad()
+    def log_ratios(self, trajectories: Sequence[Trajectory], other: nn.Module) -> list[NDArray[np.float64]]:
+        """log policy - log other, summed over the tokens that each turn of each trajectory sampled: [turns] each."""
+        nothing = [np.zeros(len(t.turns)) for t in trajectories]
+        starts = np.cumsum([0, *map(len, nothing)])
+        found = np.zeros(starts[-1])
+        for batch in self.trainable.collate(trajectories, nothing, max_tokens=self.optim.micro_tokens, behaviour=False):
+            gap = self.forward.logprobs(self.trainable.module(), batch) - self.forward.logprobs(other, batch)
+            owners = np.repeat(batch.owners, np.diff(batch.bounds))
+            at = trained(batch)
+            np.add.at(found, starts[owners[at]] + batch.turns[at], gap.double().cpu().numpy())
+        return np.split(found, starts[1:-1])
 
     def clear(self) -> None:
         """Forget the accumulated gradient."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,7 +24,6 @@ import msgspec
 import torch
 
 from agentgym import registry
-from agentgym.advantages import advantages
 from agentgym.env import Environment
 from agentgym.errors import StoreError
 from agentgym.evaluation import evaluate
@@ -39,11 +38,13 @@ from agentgym_trainers.figures import Figures
 from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.objective.declare import IMITATION, Objective
 from agentgym_trainers.plan import Plan, plan
-from agentgym_trainers.rollouts import Buffer, Rollouts, Sample, best_of
-from agentgym_trainers.state import SUMMARY, Stage, State, position, require_free, steps_of
+from agentgym_trainers.reinforce import Reinforcement
+from agentgym_trainers.state import SUMMARY, Stage, State, Stateful, position, require_free, steps_of
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """progress(phase, done, total, figures of the step just done)"""
+Step = Callable[[int], Awaitable[Figures]]
+"""Takes one step of a phase."""
 SUPERVISED_EVERY = 200
 """Steps of the warm start between checkpoints."""
 
@@ -136,8 +137,7 @@ class _Training:
             config.strategy, self.env, group_size=config.rollout.group_size
         )  # refuses before anything is paid
         self.seconds: defaultdict[str, float] = defaultdict(float, state.stage.seconds if state.stage else {})
-        self.buffer = Buffer(config.rollout.max_staleness, config.rollout.drop_equal)
-        self.buffer.counts.update(state.stage.counts if state.stage else {})
+        self.counts: Counter[str] = Counter(state.stage.counts if state.stage else {})
         self.last: Figures = {}
 
     async def run(self) -> RunSummary:
@@ -165,7 +165,7 @@ class _Training:
             ladder=beside,
             last=self.last,
             seconds=dict(self.seconds),
-            counts=dict(self.buffer.counts),
+            counts=dict(self.counts),
         )
         self.state.folder.flush(sync=True)
         write_report(self.state.folder.path)
@@ -183,7 +183,7 @@ class _Training:
 
     # --- phases ---
 
-    async def _phase(self, name: str, learner: Learner, one: Callable[[int], Awaitable[Figures]], every: int) -> None:
+    async def _phase(self, name: str, learner: Stateful, one: Step, every: int) -> None:
         """Take the steps of a phase that are not behind us, with a checkpoint every so often and at the end."""
         total, done = steps_of(self.config, name), self.state.steps_done(name)
         self.state.restore(learner, name)
@@ -198,14 +198,14 @@ class _Training:
                 self._save(name, step + 1, learner)
         await self.model.publish(WeightsVersion(number=position(self.config, name, total)))
 
-    def _save(self, phase: str, step: int, learner: Learner) -> None:
-        rollouts = self.rollouts.state() if phase == "rl" else {}
-        counts = dict(self.buffer.counts)
-        stage = Stage(phase=phase, step=step, rollouts=rollouts, seconds=dict(self.seconds), counts=counts)
+    def _save(self, phase: str, step: int, learner: Stateful) -> None:
+        stage = Stage(phase=phase, step=step, seconds=dict(self.seconds), counts=dict(self.counts))
         self.state.save(stage, learner, self.model)
 
-    def _learner(self, objective: Objective, optim: Optim, updates: int, **options: Any) -> Learner:
-        return Learner(self.model, objective, optim, total_steps=updates, seed=self.config.run.seed, **options)
+    def _learner(self, objective: Objective, optim: Optim, steps: int) -> Learner:
+        return Learner(
+            self.model, objective, optim, total_steps=steps, seed=self.config.run.seed, blank=self.model.blank
+        )
 
     async def _warm_up(self) -> None:
         c = self.config.warmup
@@ -225,77 +225,45 @@ class _Training:
             return
         played = await sft.demonstrate(self.config, self.env, c.demonstrations)
         shown = [sft.with_spans(self.model.renderer, t) for t in played]
-        learner = self._learner(IMITATION, c.optim, c.steps)
+        learner = self._learner(c.objective, c.optim, c.steps * c.optim.epochs * c.optim.minibatches)
 
         async def one(step: int) -> Figures:
             chosen = sft.batch_of(shown, c.batch, seed, step)
-            batches = self.model.collate(chosen, sft.ones(chosen), max_tokens=c.optim.micro_tokens, behaviour=False)
-            return learner.step(batches)
+            return learner.update(chosen, sft.ones(chosen))
 
         await self._phase("sft", learner, one, SUPERVISED_EVERY)
 
     async def _reinforce(self) -> None:
-        config, run = self.config, self.config.run
-        frozen = run.algorithm == "best_of_n"
-        initial = None
-        if frozen or strategies.needs_reference(config.strategy):
-            initial = language.engine(config, self._reference(), self.model.renderer)
-        self.player = initial if frozen else self.model.engine
-        self.rollouts = Rollouts(config, self.env, self.player, reference=initial)
-        if self.state.stage is not None:
-            self.rollouts.restore(self.state.stage.rollouts or {"cursor": self.state.stage.cursor})
-        objective = config.objective if run.algorithm == "policy_gradient" else IMITATION
-        learner = self._learner(
-            objective,
-            config.optim,
-            run.steps * config.optim.epochs * config.optim.minibatches,
-            temperature=config.sampling.temperature,
-            reference=self._reference() if objective.needs_reference else None,
-        )
+        phase = Reinforcement(self.config, self.env, self.model, self._initial, self.counts)
 
         async def one(step: int) -> Figures:
-            return await self._update(learner, step)
+            return await self._update(phase, step)
 
         try:
-            await self._phase("rl", learner, one, run.checkpoint_every)
+            await self._phase("rl", phase, one, self.config.run.checkpoint_every)
         finally:
-            if initial is not None:
-                initial.close()
+            phase.close()
 
-    # --- one update ---
-
-    async def _update(self, learner: Learner, step: int) -> Figures:
-        """Play, admit, give credit, learn, publish."""
+    async def _update(self, phase: Reinforcement, step: int) -> Figures:
+        """Play, record, learn, publish."""
         started = time.perf_counter()
-        version = self.player.version
-        groups = await self.rollouts.play(step)
+        version = phase.player.version
+        groups = await phase.rollouts.play(step)
         played = time.perf_counter()
         number, everyone = position(self.config, "rl", step + 1), [s for group in groups for s in group]
-        for sample in everyone:
+        for sample in (*everyone, *phase.rollouts.aside):
             self.state.folder.append(sample.trajectory, step=number, value=sample.value)
-        learned = self._learn(learner, self.buffer.take(groups, version))
+        learned = phase.learn(groups, version)
         await self.model.publish(WeightsVersion(number=number))
         if self.config.eval.every and (step + 1) % self.config.eval.every == 0:
             await self._judge(f"step {step + 1}", self.model.engine)
         return {
             **figures.outcomes(everyone),
             **learned,
-            **figures.speed(everyone, played - started, time.perf_counter() - played),
+            **figures.speed((*everyone, *phase.rollouts.aside), played - started, time.perf_counter() - played),
         }
 
-    def _learn(self, learner: Learner, samples: Sequence[Sample]) -> Figures:
-        """Credit, then every optimiser step of this update; nothing where nothing was admitted."""
-        if not samples:
-            return {}
-        if self.config.run.algorithm != "policy_gradient":
-            best = best_of(samples)
-            return learner.update(best, sft.ones(best)) if best else {}
-        held = [(s.trajectory, s.reward) for s in samples]
-        values = advantages(held, self.config.advantage, whiten=self.config.whiten)
-        kept = [(s.trajectory, v) for s, v in zip(samples, values, strict=True) if s.train]
-        return learner.update([t for t, _ in kept], [v for _, v in kept])
-
-    def _reference(self) -> Any:
+    def _initial(self) -> Any:
         """The policy as it was before reinforcement, kept in the run's folder for a resumed run."""
         folder = self.state.folder.path / "reference"
         if not folder.is_dir():

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from agentgym.errors import StoreError
 from agentgym.store import Checkpoint, Offsets, RunFolder, load_run, write_atomic
 from agentgym_trainers.config import Config, from_table
 from agentgym_trainers.language import LanguageModel
-from agentgym_trainers.learner import Learner
 
 PHASES = ("warmup", "sft", "rl")
 MODEL = "model"
@@ -24,17 +24,22 @@ RNG = "rng"
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run stands: `step` steps of `phase` are done; `learner` and `rollouts` are the small state of that
-    moment; `seconds` and `counts` go on from there."""
+    """Where a run stands: `step` steps of `phase` are done; `learner` is the small state of that moment; `seconds` and
+    `counts` go on from there."""
 
     phase: str
     step: int
     learner: dict[str, Any] = {}
-    rollouts: dict[str, Any] = {}
-    cursor: int = 0
-    """The whole state of rollouts in checkpoints that were written before there were strategies."""
     seconds: dict[str, float] = {}
     counts: dict[str, int] = {}
+
+
+class Stateful(Protocol):
+    """A phase's learner, or more than that: what a checkpoint holds besides the weights of the model."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+    def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None: ...
 
 
 class State:
@@ -82,7 +87,7 @@ class State:
             return 0
         return self.stage.step if phase == self.stage.phase else steps_of(self.config, phase)
 
-    def restore(self, learner: Learner, phase: str) -> None:
+    def restore(self, learner: Stateful, phase: str) -> None:
         """Give a learner back its state, where the checkpoint was made in the middle of its phase."""
         if self.checkpoint is None or self.stage is None or self.stage.phase != phase:
             return
@@ -90,7 +95,7 @@ class State:
         torch.set_rng_state(tensors.pop(RNG))
         learner.restore(tensors, self.stage.learner)
 
-    def save(self, stage: Stage, learner: Learner, model: LanguageModel) -> None:
+    def save(self, stage: Stage, learner: Stateful, model: LanguageModel) -> None:
         """Write a checkpoint, all or nothing, and drop those before the last `keep`."""
         number = position(self.config, stage.phase, stage.step)
         tensors, plain = learner.state()

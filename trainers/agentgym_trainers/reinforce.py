@@ -1,0 +1,171 @@
+"""The reinforcement of a run: who plays, what it is worth, who is owed it, who learns, and what all of them remember.
+
+    phase = Reinforcement(config, env, model, initial=lambda: frozen)
+    groups = await phase.rollouts.play(step)
+    figures = phase.learn(groups, version)
+
+Playing and learning are two halves with the buffer between them; `state` and `restore` carry both through a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from agentgym.advantages import AdvantageState, advantages, critic_targets
+from agentgym.env import Environment
+from agentgym.modeling import build
+from agentgym.rewards import Dual, composer, derived
+from agentgym.types import RewardTerm, Trajectory
+from agentgym_trainers import language, sft, strategies
+from agentgym_trainers.config import Config
+from agentgym_trainers.critic import Critic
+from agentgym_trainers.figures import Figures
+from agentgym_trainers.language import LanguageModel
+from agentgym_trainers.learner import Learner
+from agentgym_trainers.objective.declare import IMITATION, Distillation
+from agentgym_trainers.preference import build as build_pairs
+from agentgym_trainers.preference.learner import PairLearner
+from agentgym_trainers.rollouts import Buffer, Group, Rollouts, Sample, best_of
+
+CRITIC = "critic."
+"""Begins the names of the critic's tensors."""
+Values = list[NDArray[np.float64]]
+
+
+class Reinforcement:
+    """One reinforcement phase under way. `initial` gives the policy as it was before it, frozen; asked only where
+    somebody needs it: a KL, a pair loss, the reward, best-of-n or the strategy. `counts` go on from there: what was not
+    learnt from, by reason."""
+
+    def __init__(
+        self,
+        config: Config,
+        env: Environment,
+        model: LanguageModel,
+        initial: Callable[[], Any],
+        counts: Counter[str] | None = None,
+    ) -> None:
+        self.config, self.model = config, model
+        declared = config.reward or env.reward
+        self.multipliers = Dual(declared)
+        self.derived = composer(declared).derived
+        self.initial: Any = initial() if self._needs_initial() else None
+        frozen = config.run.algorithm == "best_of_n"
+        waits = frozen or strategies.needs_reference(config.strategy)
+        self.before = language.engine(config, self.initial, model.renderer) if waits else None
+        self.player: Any = self.before if frozen and self.before else model.engine
+        annotate = self._annotate if self.derived else None
+        self.rollouts = Rollouts(config, env, self.player, reference=self.before, annotate=annotate)
+        self.buffer = Buffer(config.rollout.max_staleness, config.rollout.drop_equal)
+        self.buffer.counts = Counter() if counts is None else counts
+        self.learner = self._learner()
+        self.critic = Critic(model, config.critic, micro_tokens=config.optim.micro_tokens) if config.gae else None
+        self.credit = AdvantageState()
+
+    def _needs_initial(self) -> bool:
+        config = self.config
+        reads = {"policy_gradient": config.objective.needs_reference, "preference": config.preference.needs_reference}
+        return (
+            reads.get(config.run.algorithm, config.run.algorithm == "best_of_n")
+            or strategies.needs_reference(config.strategy)
+            or "policy.kl" in self.derived
+        )
+
+    def _learner(self) -> Learner | PairLearner:
+        config, run, optim = self.config, self.config.run, self.config.optim
+        shared: dict[str, Any] = {
+            "total_steps": run.steps * optim.epochs * optim.minibatches,
+            "seed": run.seed,
+            "temperature": config.sampling.temperature,
+            "reference": self.initial,
+        }
+        if run.algorithm == "preference":
+            return PairLearner(self.model, config.preference, optim, **shared)
+        objective = config.objective if run.algorithm == "policy_gradient" else IMITATION
+        teacher = None
+        if objective.find(Distillation):
+            found = config.model
+            teacher = build.load(found.teacher, device=found.device, dtype=found.dtype).requires_grad_(False)
+        return Learner(self.model, objective, optim, **shared, teacher=teacher, blank=self.model.blank)
+
+    def _annotate(self, trajectories: list[Trajectory]) -> list[tuple[RewardTerm, ...]]:
+        """The derived terms of each trajectory, for the reward."""
+        if "policy.kl" not in self.derived:
+            return [derived(t) for t in trajectories]
+        learner = self.learner.learner if isinstance(self.learner, PairLearner) else self.learner
+        gaps = learner.log_ratios(trajectories, self.initial)
+        return [derived(t, gap.tolist()) for t, gap in zip(trajectories, gaps, strict=True)]
+
+    # --- learning ---
+
+    def learn(self, groups: Sequence[Group], version: int) -> Figures:
+        """Credit for what is admitted at this version of the weights, then every optimiser step of the update."""
+        samples = self.buffer.take(groups, version)
+        found = self._update(samples) if samples else {}
+        return {**found, **self._price(samples)}
+
+    def _update(self, samples: Sequence[Sample]) -> Figures:
+        if isinstance(self.learner, PairLearner):
+            found = build_pairs([(s.trajectory, s.reward) for s in samples if s.train], self.config.preference)
+            self.buffer.counts.update(found.counts)
+            return self.learner.update(found.pairs)
+        if self.config.run.algorithm != "policy_gradient":
+            best = best_of([s for s in samples if s.train])
+            return self.learner.update(best, sft.ones(best)) if best else {}
+        credit, figures = self._credit(samples)
+        kept = [(s.trajectory, a, s.value) for s, a in zip(samples, credit, strict=True) if s.train]
+        return {**self.learner.update(*map(list, zip(*kept, strict=True))), **figures} if kept else figures
+
+    def _credit(self, samples: Sequence[Sample]) -> tuple[Values, Figures]:
+        """The advantages, by the critic's values where a term reads them; and the critic's figures, who learns too."""
+        held, config = [(s.trajectory, s.reward) for s in samples], self.config
+        if self.critic is None or config.gae is None:
+            return advantages(held, config.advantage, whiten=config.whiten, state=self.credit), {}
+        states = self.critic.read([s.trajectory for s in samples])
+        values = states.per_turn
+        credit = advantages(held, config.advantage, whiten=config.whiten, state=self.credit, values=values)
+        return credit, self.critic.update(states, critic_targets(held, config.gae, values=values))
+
+    def _price(self, samples: Sequence[Sample]) -> Figures:
+        """Move the reward's multipliers by what its constraints cost; the rollouts' reward is the new one."""
+        if not self.multipliers.state():
+            return {}
+        ledgers = [(*s.trajectory.rewards, *s.reward.extra) for s in samples if s.reward]
+        moved = self.multipliers.update(self.multipliers.costs(ledgers))
+        self.rollouts.composer = self.multipliers.composer
+        return {f"multiplier.{name}": value for name, value in moved.items()}
+
+    # --- state ---
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values: all that an interrupted phase needs besides the weights."""
+        tensors, plain = self.learner.state()
+        critic = {CRITIC + name: x for name, x in self.critic.state().items()} if self.critic else {}
+        rest = {
+            "rollouts": self.rollouts.state(),
+            "credit": self.credit.state_dict(),
+            "multipliers": self.multipliers.state(),
+        }
+        return {**tensors, **critic}, {**plain, **rest}
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """The inverse of `state`, on a phase made in the same way."""
+        held = {name.removeprefix(CRITIC): x for name, x in tensors.items() if name.startswith(CRITIC)}
+        if self.critic:
+            self.critic.restore(held)
+        own = {name: x for name, x in tensors.items() if not name.startswith(CRITIC)}
+        self.learner.restore(own, dict(plain))
+        self.rollouts.restore(plain["rollouts"])
+        self.credit.load_state_dict(plain["credit"])
+        self.multipliers.restore(plain["multipliers"])
+        self.rollouts.composer = self.multipliers.composer
+
+    def close(self) -> None:
+        if self.before is not None:
+            self.before.close()
