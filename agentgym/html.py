@@ -123,10 +123,12 @@ def _shares(trajectory: Trajectory, reward: Mapping[str, Any] | None) -> tuple[S
     """What each turn contributed, and the chips above the turns."""
     ledger = tuple(trajectory.rewards)
     chips = [chip(trajectory.status, tone="warn" if trajectory.failure else ""), chip(f"{len(trajectory.turns)} turns")]
-    values = [term.value for term in ledger]
-    if reward is not None and not trajectory.failure:
-        composed = composer(dict(reward)).trajectory(trajectory)
-        values = list(composed.shares)
+    values, turns = [term.value for term in ledger], turn_of(trajectory)
+    made = None if reward is None or trajectory.failure else composer(dict(reward))
+    if made is not None and "policy.kl" not in made.derived:  # which only the trainer knew
+        composed = made.trajectory(trajectory)
+        ledger, values = (*ledger, *composed.extra), list(composed.shares)
+        turns = turn_of(trajectory, composed.extra)
         chips.insert(0, signed("return", composed.value))
         if composed.base:
             chips.append(signed("base", composed.base))
@@ -135,7 +137,7 @@ def _shares(trajectory: Trajectory, reward: Mapping[str, Any] | None) -> tuple[S
     chips += [chip(f"{name} {value}") for name, value in trajectory.labels.items()]
     chips += [chip(f"{name} {value:.4g}") for name, value in trajectory.metrics.items()]
     found: dict[int, list[tuple[RewardTerm, float]]] = {}
-    for turn, term, value in zip(turn_of(trajectory).tolist(), ledger, values, strict=True):
+    for turn, term, value in zip(turns.tolist(), ledger, values, strict=True):
         found.setdefault(turn, []).append((term, value))
     return dict(found), "".join(chips)
 

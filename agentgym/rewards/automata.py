@@ -80,6 +80,7 @@ class Automaton:
         return np.isinf(_distance(self.table, ~self.accepting))
 
 
+@functools.lru_cache(maxsize=64)
 def automaton(formula: str | Formula) -> Automaton:
     """The minimal automaton of an LTLf formula (`agentgym.rewards.logic` has the language).
 

@@ -20,14 +20,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 from agentgym.errors import ConfigError, RecordError
 from agentgym.rewards.composites import expanded
 from agentgym.rewards.nodes import Builder, Declaration, Leaf, View, tables
 from agentgym.rewards.ops import OPS
-from agentgym.rewards.views import DERIVED, POTENTIAL_SUFFIXES, carried
+from agentgym.rewards.views import DERIVED, POTENTIAL_SUFFIXES, carried, derived
 from agentgym.types import RewardTerm, Trajectory
 
 TOLERANCE = 1e-9
@@ -46,14 +46,15 @@ class Composed(NamedTuple):
 
 
 class Composer:
-    """A compiled declaration. `names` are the terms it reads, `derived` those of them that the trainer works out (see
+    """A compiled declaration. `names` are the terms it reads, `derived` those of them that are worked out (see
     `agentgym.rewards.derived`); with `debug` every call checks the reconciliation."""
 
     def __init__(self, declaration: Declaration, *, debug: bool | None = None) -> None:
         builder = Builder(OPS)
         self.declaration = parsed(declaration)
         self._node = builder.node(self.declaration, 1.0)
-        self._leaves = builder.leaves
+        self._leaves, self._watchers = builder.leaves, tuple(builder.watchers)
+        self._apart = frozenset(name for watcher in self._watchers for name in watcher.names)
         self.names = tuple(dict.fromkeys(leaf.name for leaf in self._leaves if leaf.name is not None))
         self.derived = tuple(name for name in self.names if name.startswith(DERIVED))
         self.debug = os.environ.get("AGENTGYM_DEBUG") == "1" if debug is None else debug
@@ -61,7 +62,7 @@ class Composer:
     def compose(self, terms: Iterable[RewardTerm]) -> Composed:
         """Compose a ledger. Raises `RecordError` where a needed term is absent or a value is not finite."""
         ledger = tuple(terms)
-        members = _members(ledger)
+        members = _members(ledger, self._apart)
         try:
             totals = {name: math.fsum(ledger[i].value for i in found) for name, found in members.items()}
             composed = self._attributed(ledger, members, View(totals))
@@ -73,9 +74,18 @@ class Composer:
 
     def trajectory(self, trajectory: Trajectory, extra: Sequence[RewardTerm] = ()) -> Composed:
         """Compose a trajectory's ledger and `extra` terms; shares are in the order of `trajectory.rewards`, then of
-        `extra`."""
-        composed = self.compose((*(term for _, term in carried(trajectory)), *extra))
-        return composed._replace(extra=tuple(extra)) if extra else composed
+        `Composed.extra`: those given, and those read that can be worked out from the trajectory alone (`derived`,
+        except policy.kl, and what the declaration's monitors and machines say)."""
+        ledger = (*(term for _, term in carried(trajectory)), *extra)
+        missing = set(self.names) - {term.name for term in ledger}
+        found = tuple(term for term in self._worked_out(trajectory) if term.name in missing)
+        return self.compose((*ledger, *found))._replace(extra=(*extra, *found))
+
+    def _worked_out(self, trajectory: Trajectory) -> Iterator[RewardTerm]:
+        if self.derived:
+            yield from derived(trajectory)
+        for watcher in self._watchers:
+            yield from watcher.terms(trajectory)
 
     def _attributed(self, ledger: Sequence[RewardTerm], members: dict[str | None, list[int]], full: View) -> Composed:
         value = self._node(full)
@@ -96,8 +106,8 @@ class Composer:
         return with_it - self._node(View(full.totals, leaf.place, chosen=full.chosen))
 
 
-def _members(ledger: Sequence[RewardTerm]) -> dict[str | None, list[int]]:
-    """Indices of the terms of each name; under None those that `sum` counts."""
+def _members(ledger: Sequence[RewardTerm], apart: Collection[str]) -> dict[str | None, list[int]]:
+    """Indices of the terms of each name; under None those that `sum` counts, which leaves out names `apart`."""
     members: dict[str | None, list[int]] = {None: []}
     for i, term in enumerate(ledger):
         if not math.isfinite(term.value):
@@ -105,7 +115,7 @@ def _members(ledger: Sequence[RewardTerm]) -> dict[str | None, list[int]]:
         if term.cause == "world":
             continue
         members.setdefault(term.name, []).append(i)
-        if not term.name.endswith(POTENTIAL_SUFFIXES) and not term.name.startswith(DERIVED):
+        if not (term.name.endswith(POTENTIAL_SUFFIXES) or term.name.startswith(DERIVED) or term.name in apart):
             members[None].append(i)
     return members
 

@@ -8,6 +8,8 @@ gives, for every episode, the terms
     paid.violated   1 at the turn after which nothing can repair it, else 0
     paid.before     how near acceptance was before and after each turn, from 1 (accepting) to 0 (hopeless): a potential
     paid.after      for the `potential` op, which does not change what is optimal; 0 after the end of the task
+
+The ops `monitor` and `machine` put them into a declaration, with the same keys.
 """
 
 from __future__ import annotations
@@ -128,6 +130,7 @@ class Monitor:
 
     def __init__(self, name: str, formula: str | Automaton, labels: Labelling | Mapping[str, Any]) -> None:
         self.name = name
+        self.names = tuple(f"{name}.{part}" for part in ("accepted", "violated", "before", "after"))
         self.automaton = formula if isinstance(formula, Automaton) else automaton(formula)
         self.labels = _labelled(labels, self.automaton.atoms)
         finite = self.automaton.distance[~self.automaton.hopeless]
@@ -167,6 +170,7 @@ class MachineJudge:
         self, name: str, machine: RewardMachine | Mapping[str, Any], labels: Labelling | Mapping[str, Any]
     ) -> None:
         self.name = name
+        self.names: tuple[str, ...] = (name,)
         self.machine = machine if isinstance(machine, RewardMachine) else RewardMachine.declared(machine)
         self.labels = _labelled(labels, self.machine.atoms)
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from agentgym.errors import ConfigError, RecordError, unknown
+from agentgym.types import RewardTerm, Trajectory
 
 Declaration = Mapping[str, Any] | str | float
 Table = Mapping[str, Any]
@@ -63,6 +64,14 @@ class Leaf:
         )
 
 
+class Watcher(Protocol):
+    """What reads an episode while it is composed: terms of these names, which no ledger carries."""
+
+    names: tuple[str, ...]
+
+    def terms(self, trajectory: Trajectory) -> tuple[RewardTerm, ...]: ...
+
+
 class Op(NamedTuple):
     """An operation: what builds it (None: it is an occurrence), and the keys of its table."""
 
@@ -77,6 +86,7 @@ class Builder:
     def __init__(self, ops: Mapping[str, Op]) -> None:
         self.ops = ops
         self.leaves: list[Leaf] = []
+        self.watchers: list[Watcher] = []
         self.choices = 0
 
     def leaf(self, name: str | None, neutral: float, slope: float | None, default: float | None = None) -> Leaf:

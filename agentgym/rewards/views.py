@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 POTENTIAL_SUFFIXES = (".before", ".after", ".drift")
 DERIVED = "policy."
-"""Terms of these names are worked out by the trainer, never emitted by an environment."""
+"""Terms whose names begin so are worked out, never emitted by an environment."""
 
 
 def carried(trajectory: Trajectory) -> Iterator[tuple[int, RewardTerm]]:
@@ -32,39 +32,37 @@ def carried(trajectory: Trajectory) -> Iterator[tuple[int, RewardTerm]]:
                 yield i, RewardTerm(name=name, value=values[row], turn=i, agent=agent)
 
 
-def turn_of(trajectory: Trajectory) -> NDArray[np.intp]:
-    """The turn each term of `trajectory.rewards` counts for: the one it names, else the one that carries it. [terms]
+def turn_of(trajectory: Trajectory, extra: Sequence[RewardTerm] = ()) -> NDArray[np.intp]:
+    """The turn each term of `trajectory.rewards`, then of `extra`, counts for: the one it names, else the one that
+    carries it (the last one for an extra term). [terms]
 
     Raises `RecordError` where a term names a turn that does not exist.
     """
     turns = len(trajectory.turns)
-    found = [i if term.turn < 0 else term.turn for i, term in carried(trajectory)]
-    if found and max(found) >= turns:
-        raise RecordError(f"a reward term names turn {max(found)}, the trajectory has {turns}")
-    return np.asarray(found, np.intp)
+    lines = (*carried(trajectory), *((turns - 1, term) for term in extra))
+    found = np.asarray([i if term.turn < 0 else term.turn for i, term in lines], np.intp)
+    if len(found) and not 0 <= found.min() <= found.max() < turns:
+        raise RecordError(f"a reward term names turn {found.max()}, the trajectory has {turns}")
+    return found
 
 
 def by_turn(composed: Composed, trajectory: Trajectory) -> NDArray[np.float64]:
-    """The shares summed by turn: [turns]. Their sum is value - base; the base belongs to no turn.
-
-    An extra term counts for the turn it names, else for the last one.
-    """
-    last = len(trajectory.turns) - 1
-    added = [last if term.turn < 0 else term.turn for term in composed.extra]
-    turns = np.concatenate([turn_of(trajectory), np.asarray(added, np.intp)])
+    """The shares summed by turn: [turns]. Their sum is value - base; the base belongs to no turn."""
+    turns = turn_of(trajectory, composed.extra)
     if len(turns) != len(composed.shares):
         raise RecordError(f"{len(composed.shares)} shares for the {len(turns)} reward terms of this trajectory")
-    if added and not 0 <= min(added) <= max(added) <= last:
-        raise RecordError(f"an extra reward term names turn {max(added)}, the trajectory has {last + 1}")
-    return np.bincount(turns, np.asarray(composed.shares), minlength=last + 1).astype(np.float64, copy=False)
+    return np.bincount(turns, np.asarray(composed.shares), minlength=len(trajectory.turns)).astype(
+        np.float64, copy=False
+    )
 
 
 def derived(trajectory: Trajectory, kl: Sequence[float] | None = None) -> tuple[RewardTerm, ...]:
-    """What the trainer knows about each turn, as terms of level "turn" for `Composer.trajectory(..., extra=...)`:
+    """Facts of each turn as terms of level "turn":
 
     policy.tokens     sampled tokens of the turn's action
     policy.truncated  1 where they were cut off by the token limit
-    policy.kl         log pi - log pi_ref summed over them; only with `kl`, one number per turn
+    policy.kl         log pi - log pi_ref summed over them; only with `kl`, one number per turn. The trainer
+                      knows it and hands it on by `Composer.trajectory(..., extra=...)`
     """
     if kl is not None and len(kl) != len(trajectory.turns):
         raise RecordError(f"{len(kl)} divergences for the {len(trajectory.turns)} turns of {trajectory.episode.id}")
@@ -100,9 +98,9 @@ def with_terms(trajectory: Trajectory, terms: Iterable[RewardTerm]) -> Trajector
 
 
 def explain(composed: Composed, terms: Iterable[RewardTerm]) -> str:
-    """The composed ledger as a table for people: every term, what it was and what it is owed."""
+    """The composed ledger as a table for people: every term (extra ones last), what it was and what it is owed."""
     rows = [("turn", "agent", "term", "value", "share")]
-    for term, share in zip(terms, composed.shares, strict=True):
+    for term, share in zip((*terms, *composed.extra), composed.shares, strict=True):
         name = term.name if term.cause == "policy" else f"{term.name} ({term.cause})"
         where = "" if term.turn < 0 else str(term.turn)
         rows.append((where, term.agent, name, f"{term.value:.4g}", f"{share:+.4g}"))

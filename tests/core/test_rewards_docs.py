@@ -14,16 +14,17 @@ from agentgym.rewards.ops import OPS
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> str:
-    return "\n".join(re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL))
+def found(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 def test_the_python_runs_in_one_go() -> None:
-    exec(compile(blocks("python"), "rewards.md", "exec"), {})
+    exec(compile("\n".join(found("python")), "rewards.md", "exec"), {})
 
 
 def test_the_toml_composes() -> None:
-    assert composer(tomllib.loads(blocks("toml"))["reward"]).names == ("rm.0", "rm.1", "rm.2")
+    made = [composer(tomllib.loads(block)["reward"]).names for block in found("toml")]
+    assert made == [("rm.0", "rm.1", "rm.2"), ("sold", "careful.violated")]
 
 
 def test_every_operation_composite_and_kind_of_judge_is_named() -> None:

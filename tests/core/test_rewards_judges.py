@@ -12,7 +12,7 @@ from making import span, trajectory
 
 from agentgym.errors import ConfigError, EngineFault, RecordError, UnknownName
 from agentgym.policy import Scripted
-from agentgym.rewards import by_turn, composer, composites, judges
+from agentgym.rewards import by_turn, composer, composites, explain, judges
 from agentgym.rewards.judges import Computed, judged, matches, mixture
 from agentgym.rewards.monitors import MachineJudge, Monitor, each_turn, labelling
 from agentgym.types import Action, Floats, Observation, RewardTerm, Task, ToolCall, Trajectory, Turn, Turns, say
@@ -360,3 +360,58 @@ def test_a_judge_that_cannot_be_meant_is_refused(table: dict, error: type, says:
 def test_a_turn_alone_makes_a_transcript() -> None:
     assert judges.transcript(trajectory([{}])) == "assistant: hello"
     assert isinstance(trajectory([{}]).turns[0], Turn)
+
+
+# --- inside a declaration -----------------------------------------------------------------------------------------
+
+WATCHED = """
+op = "monitor"
+name = "order"
+formula = "!pay U asked"
+labels = {pay = {tool = "pay"}, asked = {action = "how much"}}
+
+[of]
+op = "gate"
+when = "order.accepted"
+at_least = 1
+otherwise = {op = "scale", of = "order.violated", factor = -2.0}
+
+[of.then]
+op = "weighted_sum"
+plus = [{op = "sum"}, {op = "potential", name = "order", gamma = 1.0}]
+"""
+
+
+def test_a_declaration_watches_the_episode_by_itself() -> None:
+    made = composer(tomllib.loads(WATCHED), debug=True)
+    kept = talk(["hi", "how much?"], ["", "pay"])
+    first = kept.turns[0].replace(rewards=(RewardTerm(name="r", value=3.0),))
+    kept = kept.replace(turns=Turns(items=(first, kept.turns[1])))
+    found = made.trajectory(kept)
+    assert found.value == R(3.0 - 0.5)
+    assert by_turn(found, kept) == R([3.0 + 0.0, -0.5])
+    lost = talk(["hi", "how much?"], ["pay"])
+    assert made.trajectory(lost).value == -2.0
+    assert by_turn(made.trajectory(lost), lost) == R([-2.0, 0.0])
+    judged_before = composer("sum").trajectory(kept)
+    assert judged_before.value == 3.0
+    already = asyncio.run(judged(Monitor("order", "!pay U asked", LABELS), [lost]))[0]
+    assert made.trajectory(already).value == -2.0
+    assert "order.violated" in explain(found := made.trajectory(lost), lost.rewards)
+    assert len(found.extra) == 6
+
+
+def test_a_machine_inside_a_declaration_pays_each_turn() -> None:
+    made = composer({"op": "machine", "name": "errand", **ERRAND, "labels": LABELS}, debug=True)
+    played = talk(["pay", "how much?", "here"], ["pay", "", "pay"])
+    assert by_turn(made.trajectory(played), played).tolist() == [0, 0, 1]
+    with pytest.raises(RecordError, match="no reward term 'errand'"):
+        made.compose([])
+
+
+def test_a_page_shows_what_a_declaration_worked_out() -> None:
+    from agentgym.html import trajectory_body
+
+    played = talk(["hi", "how much?"], ["pay"])
+    assert "order.violated" in trajectory_body(played, tomllib.loads(WATCHED))
+    assert "policy.kl" not in trajectory_body(played, {"op": "weighted_sum", "of": {"policy.kl": -1.0}})

@@ -219,8 +219,9 @@ def test_derived_terms_price_every_turn() -> None:
     found = made.trajectory(played, derived(played, [0.1, 0.4]))
     assert found.value == 1.5
     assert by_turn(found, played) == R([1 - 0.5 * 3 / 8, 1 - 0.5 * 5 / 8])
-    with pytest.raises(RecordError, match="reward term 'policy"):
-        made.trajectory(played)
+    assert by_turn(made.trajectory(played), played) == R(by_turn(found, played))
+    with pytest.raises(RecordError, match=r"no reward term 'policy\.kl'"):
+        composer("policy.kl").trajectory(played)
 
 
 def test_the_plain_sum_leaves_derived_terms_out() -> None:
