@@ -98,7 +98,7 @@ def bundled(term: Term, table: Table, x: Real, state: AdvantageState, name: str)
 def _summed(table: Table, x: Real, bundle: Ints, kept: Ints, unit: Ints) -> Scores:
     """The units of bundles: [U]."""
     _, first = np.unique(unit, return_index=True)
-    tokens = groups.total(table.owner, table.columns.tokens, table.size)
+    tokens = groups.total(table.owner, table.tokens, table.size)
     score = groups.total(unit, x[kept], len(first))
     return Scores(
         x=score,

@@ -6,6 +6,7 @@ P trajectories that did not fail, K turns, U units of a term. All numpy; the wal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -71,18 +72,18 @@ def to_tokens(trajectory: Trajectory, per_turn: Real) -> NDArray[np.float32]:
     """A value per turn, repeated for each token that the turn's action sampled: [sampled tokens]."""
     if len(per_turn) != len(trajectory.turns):
         raise RecordError(f"{len(per_turn)} values for the {len(trajectory.turns)} turns of {trajectory.episode.id}")
-    return np.repeat(per_turn, sampled(trajectory.turns)).astype(np.float32)
+    return np.repeat(per_turn, sampled(trajectory)).astype(np.float32)
 
 
 def _by_sample(samples: Sequence[Sample], table: Table, per_turn: Real) -> list[Real]:
-    found = iter(np.split(per_turn, table.bounds[1:-1]))
+    found = (per_turn[start:stop] for start, stop in pairwise(table.bounds.tolist()))
     return [np.zeros(0) if t.status == "failed" else next(found) for t, _ in samples]
 
 
 def _counts(table: Table, whiten: str) -> Real:
     """How much each turn counts, so that every trajectory, turn or sampled token counts once: [K]."""
     if whiten == "tokens":
-        return table.columns.tokens.astype(np.float64)
+        return table.tokens
     if whiten == "turns":
         return np.ones(table.turns)
     found: Real = 1.0 / np.diff(table.bounds)[table.owner]
@@ -143,4 +144,4 @@ def _gathered(term: Term, table: Table, units: Units, x: Real) -> Scores:
 def _lengths(table: Table, units: Units) -> Real:
     """Sampled tokens of each unit: [U]."""
     some = units.of >= 0
-    return groups.total(units.of[some], table.columns.tokens[some], len(units.owner))
+    return groups.total(units.of[some], table.tokens[some], len(units.owner))

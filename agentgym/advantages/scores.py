@@ -23,13 +23,11 @@ Values = Sequence[NDArray[np.floating] | None]
 def counted(term: Term, table: Table) -> tuple[Ints, Real]:
     """(turn, amount) of the ledger's lines that count for a term: raw ones of its component, else shares."""
     ledger = table.ledger
-    kept = {"all": np.ones(len(ledger.turn), bool), "agent": ledger.own, "team": ledger.team}[term.whose]
+    kept = table.whose(term.whose)
     if not term.component:
         return ledger.turn[kept], ledger.share[kept]
-    if term.component not in ledger.names:
-        return ledger.turn[:0], ledger.amount[:0]
-    kept = kept & (ledger.name == ledger.names.index(term.component))
-    return ledger.turn[kept], ledger.amount[kept]
+    kept = kept & np.asarray([name == term.component for name in table.names], bool)
+    return ledger.turn[kept], table.amounts[kept]
 
 
 def totals(term: Term, table: Table) -> Real:
@@ -45,7 +43,7 @@ def earned(term: Term, table: Table) -> Real:
     turn, amount = counted(term, table)
     if term.whose != "team":
         return total(turn, amount, table.turns)
-    step = joint(table.owner, table.columns.step)
+    step = joint(table.owner, table.step)
     return total(step[turn], amount, table.turns)[step]
 
 
@@ -57,28 +55,19 @@ def to_go(term: Term, table: Table) -> Real:
     """
     rewards = earned(term, table)
     if term.whose == "team":
-        step = joint(table.owner, table.columns.step)
+        step = joint(table.owner, table.step)
         _, first = np.unique(step, return_index=True)
         bounds = np.searchsorted(table.owner[first], np.arange(table.size + 1))
         return scan(rewards[first], _discounts(term, table, first, bounds))[step]
-    order, bounds = chains(table) if term.whose == "agent" else (np.arange(table.turns), table.bounds)
+    order, bounds = table.chains if term.whose == "agent" else (np.arange(table.turns), table.bounds)
     found = np.empty(table.turns)
     found[order] = scan(rewards[order], _discounts(term, table, order, bounds))
     return found
 
 
-def chains(table: Table) -> tuple[Ints, Ints]:
-    """The turns sorted by chain, chains in the order of their first turns: [K]; and the chains' bounds: [C + 1]."""
-    part = joint(table.owner, table.columns.agent)
-    _, first = np.unique(part, return_index=True)
-    order = np.argsort(first[part], kind="stable")
-    counts = np.bincount(part)[np.argsort(first)]
-    return order, np.concatenate(([0], np.cumsum(counts))).astype(np.intp)
-
-
 def _discounts(term: Term, table: Table, order: Ints, bounds: Ints) -> Real:
     """gamma^(steps to the next turn) along the turns in this order, 0 at the end of each sequence."""
-    gap = np.diff(table.columns.step[order], append=0)
+    gap = np.diff(table.step[order], append=0)
     return inner(bounds, term.gamma ** np.maximum(gap, 0))
 
 
@@ -95,9 +84,9 @@ class Critic(NamedTuple):
 
 def critic_of(table: Table, samples: Sequence[Sample], values: Values | None) -> Critic:
     """The given values, else those that the actions recorded. Raises `RecordError` where one is missing."""
-    order, bounds = chains(table)
+    order, bounds = table.chains
     owner = table.owner[order][bounds[:-1]]
-    found = Critic(table.columns.value, np.zeros(len(owner)))
+    found = Critic(table.recorded, np.zeros(len(owner)))
     if values is not None:
         held = [v for (t, _), v in zip(samples, values, strict=True) if t.status != "failed"]
         found = Critic(*table.given(held, np.bincount(owner, minlength=table.size)))
@@ -115,7 +104,7 @@ def critic_of(table: Table, samples: Sequence[Sample], values: Values | None) ->
 
 def advantages_of(term: Term, table: Table, critic: Critic) -> Real:
     """Generalised advantages along each chain: [K]."""
-    order, bounds = chains(table)
+    order, bounds = table.chains
     if term.whose == "all" and len(bounds) - 1 > np.count_nonzero(np.diff(table.bounds)):
         raise ConfigError("credit 'gae' with several agents: set whose = 'agent' or 'team', as the values foresee")
     discount = _discounts(term, table, order, bounds)

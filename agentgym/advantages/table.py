@@ -5,17 +5,18 @@ P trajectories that did not fail, K turns, L lines of their ledgers; each family
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
 from math import nan
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agentgym.errors import ConfigError, RecordError, unknown
 from agentgym.rewards import DERIVED, POTENTIAL_SUFFIXES, Composed, carried
-from agentgym.types import Columns, RewardTerm, Trajectory, Turns
+from agentgym.types import Columns, RewardTerm, Trajectory, Turn
 
 Real = NDArray[np.float64]
 Ints = NDArray[np.intp]
@@ -26,27 +27,12 @@ TEAM = ("team", "episode")
 """Levels of reward terms that every agent of a step shares."""
 
 
-class TurnColumns(NamedTuple):
-    """[K] each; `agent` and `anchor` are numbers (a turn without an anchor is a state of its own)."""
-
-    step: Ints
-    agent: Ints
-    anchor: Ints
-    tokens: Ints
-    value: Real
-
-
 class Ledger(NamedTuple):
-    """[L] each: the turn a line counts for, its name as a number of `names` (-1: brought about by the world), its raw
-    amount, its share of the composed reward, and whether it is the team's, or the own of the turn's agent."""
+    """Lines in order of the records: the turn each counts for [L], its share of the composed reward [L], itself."""
 
     turn: Ints
-    name: Ints
-    amount: Real
     share: Real
-    team: Bools
-    own: Bools
-    names: tuple[str, ...]
+    terms: list[RewardTerm]
 
 
 class Table:
@@ -78,47 +64,111 @@ class Table:
         return np.arange(self.turns) - self.bounds[self.owner]
 
     @cached_property
-    def columns(self) -> TurnColumns:
-        rows = [row for t, _ in self.samples for row in _rows(t.turns)]
-        step, agent, anchor, tokens, value = zip(*rows, strict=True) if rows else ((),) * 5
-        named = np.asarray([a != "" for a in anchor], bool)
-        states = np.where(named, _numbered(anchor), len(anchor) + np.arange(len(anchor)))
-        return TurnColumns(_ints(step), _numbered(agent), states, _ints(tokens), np.asarray(value, float))
+    def step(self) -> Ints:
+        """[K]."""
+        return _ints(self._each(attrgetter("step"), lambda c: [step for step, _, _ in c.order]))
+
+    @cached_property
+    def agents(self) -> list[str]:
+        """Who decided in each turn: [K]."""
+        return self._each(attrgetter("agent"), lambda c: [agent for _, agent, _ in c.order])
+
+    @cached_property
+    def agent(self) -> Ints:
+        """The same as numbers: [K]."""
+        return _numbered(self.agents)
+
+    @cached_property
+    def chains(self) -> tuple[Ints, Ints]:
+        """The turns sorted by chain, the turns of one agent in one trajectory, chains in the order of their first
+        turns: [K]; and the chains' bounds: [C + 1]."""
+        part = np.unique(self.owner * (self.agent.max(initial=0) + 1) + self.agent, return_inverse=True)[1]
+        _, first = np.unique(part, return_index=True)
+        counts = np.bincount(part)[np.argsort(first)]
+        return np.argsort(first[part], kind="stable"), np.concatenate(([0], np.cumsum(counts))).astype(np.intp)
+
+    @cached_property
+    def tokens(self) -> Real:
+        """Sampled tokens of each turn's action, 0 for a numeric one: [K]."""
+        return np.asarray(self._each(_tokens, lambda c: [0] * len(c)), float)
+
+    @cached_property
+    def recorded(self) -> Real:
+        """The value that each action recorded, NaN without one: [K]."""
+        return np.asarray(self._each(attrgetter("action.value"), _values), float)
+
+    @cached_property
+    def anchor(self) -> Ints:
+        """The state of each turn as a number, a turn without an anchor being a state of its own: [K].
+
+        Raises `ConfigError` where an environment names none.
+        """
+        names = self._each(attrgetter("observation.anchor"), lambda c: [""] * len(c))
+        named = np.asarray(names, bool)
+        bare = np.flatnonzero((np.bincount(self.owner, named, self.size) == 0) & (np.diff(self.bounds) > 0))
+        if len(bare):
+            raise ConfigError(f"the key 'anchor' needs Observation.anchor; {self.samples[bare[0]][0].env} gives none")
+        return np.where(named, _numbered(names), len(names) + np.arange(len(names)))
+
+    def _each(self, of_turn: Callable[[Turn], Any], of_columns: Callable[[Columns], list[Any]]) -> list[Any]:
+        """A fact of every turn; columns need not build their turns: [K]."""
+        found: list[Any] = []
+        for t, _ in self.samples:
+            found.extend(of_columns(t.turns) if isinstance(t.turns, Columns) else map(of_turn, t.turns.items))
+        return found
 
     @cached_property
     def ledger(self) -> Ledger:
-        lines = [line for p in range(self.size) for line in self._lines(p)]
-        turn, agent, term, share = zip(*lines, strict=True) if lines else ((),) * 4
-        names = tuple(dict.fromkeys(r.name for r in term if r.cause == "policy"))
-        number = {name: i for i, name in enumerate(names)}
-        team = np.asarray([r.level in TEAM for r in term], bool)
-        found = Ledger(
-            turn=_ints(turn),
-            name=_ints([number[r.name] if r.cause == "policy" else -1 for r in term]),
-            amount=np.asarray([r.value for r in term], float),
-            share=np.asarray(share, float),
-            team=team,
-            own=~team & np.asarray([r.agent in ("", a) for r, a in zip(term, agent, strict=True)], bool),
-            names=names,
-        )
-        self.finite(found.amount, self.owner[found.turn], "a reward term")
+        turn: list[int] = []
+        share: list[float] = []
+        terms: list[RewardTerm] = []
+        for (t, composed), first in zip(self.samples, self.bounds.tolist(), strict=False):
+            lines = [*carried(t), *((len(t.turns) - 1, term) for term in composed.extra)]
+            if len(lines) != len(composed.shares):
+                raise RecordError(
+                    f"{len(composed.shares)} shares for the {len(lines)} reward terms of episode {t.episode.id}"
+                )
+            turn += [first + (term.turn if term.turn >= 0 else carrier) for carrier, term in lines]
+            terms += [term for _, term in lines]
+            share += composed.shares
+        counts = [len(composed.shares) for _, composed in self.samples]
+        found = Ledger(_ints(turn), np.asarray(share, float), terms)
+        self._within(found.turn, np.repeat(np.arange(self.size), counts))
         self.finite(found.share, self.owner[found.turn], "the share of a reward term")
         return found
 
-    def _lines(self, p: int) -> Iterator[tuple[int, str, RewardTerm, float]]:
-        """(turn, its agent, term, share) of a trajectory's ledger, terms that only the composer knows last."""
-        t, composed = self.samples[p]
-        last, first, agents = len(t.turns) - 1, int(self.bounds[p]), _agents(t.turns)
-        lines = [*carried(t), *((last, term) for term in composed.extra)]
-        if len(lines) != len(composed.shares):
+    def _within(self, turn: Ints, owner: Ints) -> None:
+        """Raise `RecordError` for the first line that counts for a turn its trajectory does not have."""
+        bad = np.flatnonzero((turn < self.bounds[owner]) | (turn >= self.bounds[owner + 1]))
+        if len(bad):
+            p = owner[bad[0]]
             raise RecordError(
-                f"{len(composed.shares)} shares for the {len(lines)} reward terms of episode {t.episode.id}"
+                f"a reward term of episode {self.samples[p][0].episode.id} names turn {turn[bad[0]] - self.bounds[p]}, "
+                f"the trajectory has {self.bounds[p + 1] - self.bounds[p]}"
             )
-        for (carrier, term), share in zip(lines, composed.shares, strict=True):
-            at = term.turn if term.turn >= 0 else carrier
-            if not 0 <= at <= last:
-                raise RecordError(f"a reward term of {t.episode.id} names turn {at}, the trajectory has {last + 1}")
-            yield first + at, agents[at], term, share
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The name of each line, "" where the world brought it about: [L]."""
+        return [r.name if r.cause == "policy" else "" for r in self.ledger.terms]
+
+    @cached_property
+    def amounts(self) -> Real:
+        """The raw amount of each line: [L]."""
+        found = np.asarray([r.value for r in self.ledger.terms], float)
+        self.finite(found, self.owner[self.ledger.turn], "a reward term")
+        return found
+
+    def whose(self, which: str) -> Bools:
+        """Lines that are the team's, the own of the turn's agent, or all: [L]."""
+        terms = self.ledger.terms
+        team = np.asarray([r.level in TEAM for r in terms], bool)
+        if which == "team":
+            return team
+        if which == "all":
+            return np.ones(len(terms), bool)
+        at = self.ledger.turn.tolist()
+        return ~team & np.asarray([r.agent in ("", self.agents[k]) for r, k in zip(terms, at, strict=True)], bool)
 
     @cached_property
     def prompt(self) -> Ints:
@@ -145,15 +195,6 @@ class Table:
         self.finite(found, np.arange(self.size), f"the metric {name!r}")
         return found
 
-    def anchors(self) -> Ints:
-        """The state of each turn as a number: [K]. Raises `ConfigError` where an environment names none."""
-        anchor = self.columns.anchor
-        named = np.bincount(self.owner, anchor < self.turns, self.size) > 0
-        bare = np.flatnonzero(~named & (np.diff(self.bounds) > 0))
-        if len(bare):
-            raise ConfigError(f"the key 'anchor' needs Observation.anchor; {self.samples[bare[0]][0].env} gives none")
-        return anchor
-
     def given(self, values: Sequence[NDArray[np.floating] | None], agents: Ints) -> tuple[Real, Real]:
         """Given values of each trajectory as (of each turn [K], NaN where missing; after the last turn of each of its
         `agents` [P]: 0 where not given or not truncated)."""
@@ -172,7 +213,7 @@ class Table:
 
     def components(self) -> list[str]:
         """Names of reward terms that the key "component" tells apart: no potentials, nothing the trainer worked out."""
-        names = self.ledger.names
+        names = set(self.names) - {""}
         return sorted(n for n in names if not n.endswith(POTENTIAL_SUFFIXES) and not n.startswith(DERIVED))
 
     def finite(self, numbers: Real, owner: Ints, what: str) -> None:
@@ -183,33 +224,21 @@ class Table:
             raise RecordError(f"{what} of episode {episode} is {numbers[bad[0]]}; rewards and values are finite")
 
 
-def sampled(turns: Turns | Columns) -> Ints:
+def sampled(trajectory: Trajectory) -> Ints:
     """Sampled tokens of each turn's action: [turns]. Numeric actions have none."""
-    if isinstance(turns, Columns):
-        return np.zeros(len(turns), np.intp)
-    spans = (turn.action.span for turn in turns.items)
-    return _ints([0 if span is None else len(span.ids) for span in spans])
+    turns = trajectory.turns
+    return np.zeros(len(turns), np.intp) if isinstance(turns, Columns) else _ints(list(map(_tokens, turns.items)))
 
 
-def _rows(turns: Turns | Columns) -> Iterator[tuple[int, str, str, int, float]]:
-    """(step, agent, anchor, sampled tokens, recorded value or NaN) of each turn; columns build no turns."""
-    if isinstance(turns, Columns):
-        values = {agent: None if c.values is None else c.values.numpy().tolist() for agent, c in turns.agents.items()}
-        for step, agent, row in turns.order:
-            held = values[agent]
-            yield step, agent, "", 0, nan if held is None else held[row]
-        return
-    for turn in turns.items:
-        action = turn.action
-        tokens = 0 if action.span is None else len(action.span.ids)
-        value = nan if action.value is None else action.value
-        yield turn.step, turn.agent, turn.observation.anchor, tokens, value
+def _tokens(turn: Turn) -> int:
+    span = turn.action.span
+    return 0 if span is None else len(span.ids)
 
 
-def _agents(turns: Turns | Columns) -> list[str]:
-    if isinstance(turns, Columns):
-        return [agent for _, agent, _ in turns.order]
-    return [turn.agent for turn in turns.items]
+def _values(columns: Columns) -> list[float]:
+    held = {agent: None if c.values is None else c.values.numpy().tolist() for agent, c in columns.agents.items()}
+    rows = ((held[agent], row) for _, agent, row in columns.order)
+    return [nan if values is None else values[row] for values, row in rows]
 
 
 def _numbered(keys: Iterable[Hashable]) -> Ints:

@@ -28,7 +28,7 @@ class Units(NamedTuple):
 def units_of(term: Term, table: Table) -> Units:
     """The units of a term. With credit "turn" and a component those turns that carry such a reward."""
     if term.whole and "agent" in term.parts:
-        part = joint(table.owner, table.columns.agent)
+        part = joint(table.owner, table.agent)
         _, turn, of = np.unique(part, return_index=True, return_inverse=True)
         return Units(of, table.owner[turn], turn)
     if term.whole:
@@ -51,11 +51,11 @@ def groups_of(parts: Sequence[str], table: Table, units: Units) -> Ints:
 
 def _column(part: str, table: Table, units: Units) -> Ints:
     if part == "anchor":
-        return table.anchors()[units.turn]
+        return table.anchor[units.turn]
     if part == "turn":
         return table.index[units.turn]
     if part == "agent":
-        return table.columns.agent[units.turn]
+        return table.agent[units.turn]
     if part == "prompt":
         return table.prompt[units.owner]
     if part == "domain":
