@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import tomli_w
-from toys import register, table
+from toys import BanditEnv, register, table
 
 from agentgym import registry
 from agentgym.errors import ConfigError
 from agentgym_trainers.config import from_table, resolve
 from agentgym_trainers.loop import PolicyGradient
+from agentgym_trainers.objective.declare import Clip, Objective, Soft
+from agentgym_trainers.strategies.declare import Plain
 
 SHAPED = {"op": "potential", "name": "phi", "gamma": 0.9}
 
@@ -36,6 +38,21 @@ SHAPED = {"op": "potential", "name": "phi", "gamma": 0.9}
             "0.9",
         ),
         ({"reward": {"op": "summ"}}, "'sum'"),
+        ({"objective": {"gate": {"kind": "clipp"}}}, r"objective\.gate\.kind: no kind 'clipp'; did you mean 'clip'"),
+        ({"objective": {"gate": {"kind": "clip", "hihg": 1}}}, r"objective\.gate\.hihg.*'high'"),
+        ({"objective": {"gate": {"high": 0.1}}}, r"objective\.gate: say which kind it is; there are branch_clip, clip"),
+        ({"objective": {"gate": {"kind": "clip", "adaptive": {"stp": 1}}}}, r"objective\.gate\.adaptive\.stp.*'step'"),
+        ({"objective": {"regularisers": [{"kind": "kl"}, {"kind": "kl", "coeff": 1}]}}, r"regularisers\[1\]\.coeff"),
+        ({"objective": {"controllers": [{"kind": "duel"}]}}, r"controllers\[0\]\.kind.*'dual'"),
+        ({"objective": {"contrast": {"kind": "discriminate"}}}, r"contrast\.kind.*'discriminative'"),
+        ({"objective": {"source": {"kind": "layer"}}}, "layer"),
+        ({"strategy": {"kind": "prefixes"}}, r"strategy\.kind.*'prefix'"),
+        ({"advantage": [{"transform": {"kind": "rank"}}]}, r"advantage\[0\]\.transform\.kind"),
+        ({"preference": {"loss": {"kind": "dpoo"}}}, r"preference\.loss\.kind.*'dpo'"),
+        ({"critic": {"lr": 0.0}}, r"critic\.lr is positive"),
+        ({"objective": {"regularisers": [{"kind": "distillation"}]}}, r"model\.teacher"),
+        ({"sft": {"objective": {"gate": {"kind": "clip"}}}}, r"sft\.objective\.proximal"),
+        ({"sft": {"objective": {"proximal": "learner", "regularisers": [{"kind": "kl"}]}}}, "no reference"),
     ],
 )
 def test_what_is_wrong_is_named(sections: dict[str, Any], said: str) -> None:
@@ -51,6 +68,61 @@ def test_overrides_are_toml_values_and_the_table_comes_back(tmp_path: Path) -> N
     assert (config.run.seed, config.env["broken"], len(config.advantage)) == (7, True, 2)
     assert from_table(config.table()) == config
     assert resolve(str(file)).run.seed == 0
+
+
+def method(tmp_path: Path, name: str, **table: Any) -> str:
+    """A method file of one's own."""
+    file = tmp_path / f"{name}.toml"
+    file.write_text(tomli_w.dumps(table), encoding="utf-8")
+    return str(file)
+
+
+def test_a_method_replaces_its_axes_and_its_user_changes_single_keys(tmp_path: Path) -> None:
+    """Whoever names a method, the preset or --set: earlier layers' axes go, its own keys stay on top."""
+    mine = method(
+        tmp_path,
+        "mine",
+        objective={"gate": {"kind": "soft", "positive": 2.0}},
+        advantage=[{"scale": "none"}],
+        optim={"epochs": 3},
+    )
+    held = {"gate": {"kind": "clip", "dual": 3.0}, "proximal": "learner"}
+    base = {**table(objective=held, strategy={"kind": "greedy"}), "whiten": "turns"}
+    found = resolve(base, [f"method={mine}", "objective.gate.negative=1.5", "rollout.group_size=4"])
+    assert found.objective == Objective(gate=Soft(positive=2.0, negative=1.5))
+    assert (found.whiten, found.strategy, found.method) == ("none", Plain(), mine)
+    assert [term.scale for term in found.advantage] == ["none"]
+    assert (found.optim.epochs, found.optim.lr, found.rollout.group_size) == (3, 1e-2, 4)
+    assert from_table(found.table()) == found
+    below = resolve({**base, "method": mine})
+    assert (below.whiten, below.strategy.kind) == ("turns", "greedy")
+    assert below.objective == Objective(gate=Clip(dual=3.0), proximal="learner")
+    assert below.optim.epochs == 3
+
+
+def test_a_method_may_bring_a_reward_and_pairs(tmp_path: Path) -> None:
+    priced = method(tmp_path, "priced", reward={"op": "weighted_sum", "plus": ["environment", 1.0]})
+    pairs = method(tmp_path, "pairs", preference={"loss": {"kind": "ipo"}})
+    register()
+    found = resolve(table(reward={"op": "min", "of": ["hit"]}), [f"method={priced}"])
+    assert found.reward["plus"][0] == BanditEnv.reward
+    assert found.objective == Objective()
+    with pytest.raises(ConfigError, match=r"preference\.loss\.kind"):
+        resolve(table(), [f"method={pairs}"])
+    assert resolve(table(), ["method=dpo"]).run.algorithm == "preference"
+    assert resolve({**table(), "method": "dpo"}, ["method=gspo"]).run.algorithm == "policy_gradient"
+    with pytest.raises(LookupError, match="did you mean 'gspo'"):
+        resolve(table(), ["method=gspoo"])
+
+
+def test_a_table_of_another_kind_replaces_and_of_the_same_kind_is_merged() -> None:
+    register()
+    base = table(objective={"gate": {"kind": "clip", "dual": 3.0}})
+    soft = resolve(base, ["objective.gate={kind='soft', positive=2.0}"]).objective.gate
+    assert soft == Soft(positive=2.0)
+    assert resolve(base, ["objective.gate.high=0.3"]).objective.gate == Clip(dual=3.0, high=0.3)
+    swapped = resolve(table(reward={"op": "min", "of": ["hit"]}), ["reward={op='sum'}"]).reward
+    assert swapped == {"op": "sum"}
 
 
 def test_every_preset_resolves_and_plans() -> None:

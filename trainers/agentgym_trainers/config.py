@@ -200,7 +200,7 @@ def _lay_method(table: Table, name: str) -> None:
         table.pop(axis, None)
     if "reward" in method:
         table.pop("reward", None)
-    merge(table, deepcopy(method))
+    merge(table, {"objective": {}, **deepcopy(method)})
     algorithm = "preference" if "preference" in method else "policy_gradient"
     merge(table, {"run": {"algorithm": algorithm}})
 
