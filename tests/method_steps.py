@@ -28,7 +28,7 @@ from agentgym_trainers.forward import columns
 from agentgym_trainers.methods import Declaration, declared, load, names
 from agentgym_trainers.objective.aggregations import totals
 from agentgym_trainers.objective.compute import loss
-from agentgym_trainers.objective.declare import Objective
+from agentgym_trainers.objective.declare import NoGate, NoRatio, Objective
 from agentgym_trainers.objective.tokens import Tokens
 
 PROMPTS, MEMBERS = 3, 4
@@ -88,6 +88,7 @@ class Step:
 
     move, mismatch, apart   how far policy and proximal policy, proximal policy and sampler, and the policy and all that
                             regularisers compare it with lie apart, at most, in log-prob; drawn by episode
+    drift                   how far every token has moved besides
     bare                    without regularisers
     """
 
@@ -97,6 +98,7 @@ class Step:
         played: Sequence[Trajectory],
         *,
         move: float = 0.0,
+        drift: float = 0.0,
         mismatch: float = 0.0,
         apart: float = 0.0,
         bare: bool = True,
@@ -105,7 +107,7 @@ class Step:
     ) -> None:
         self.method = declared(load(method)) if isinstance(method, str) else method
         self.played, self.state = played, state
-        self.move, self.mismatch, self.apart = move, mismatch, apart
+        self.move, self.drift, self.mismatch, self.apart = move, drift, mismatch, apart
         self.objective = self.method.objective if objective is None else objective
         if bare:
             self.objective = msgspec.structs.replace(self.objective, regularisers=(), controllers=())
@@ -118,7 +120,9 @@ class Step:
     @cached_property
     def credit(self) -> list[NDArray[np.float64]]:
         samples = list(zip(self.played, self.composed, strict=True))
-        return advantages(samples, self.method.advantage, whiten=self.method.whiten)  # STATE
+        values = [np.asarray(self._noise("values", t, len(t.turns), 0.5)) for t in self.played]
+        terms, whiten = self.method.advantage, self.method.whiten
+        return advantages(samples, terms, whiten=whiten, state=self.state, values=values)
 
     @cached_property
     def batch(self) -> Batch:
@@ -131,7 +135,7 @@ class Step:
         """Every column that any objective reads, the ones with gradient as leaves."""
         t = columns(self.batch, torch.zeros((), dtype=torch.float64))
         old = t.sampled + (self.noise("old", self.mismatch) if self.objective.proximal == "learner" else 0.0)
-        logp = old + self.noise("logp", self.move)
+        logp = old + self.drift + self.noise("logp", self.move)
         return replace(
             t,
             old=old,
@@ -174,8 +178,6 @@ class Step:
         return {self.played[o].episode.id: slopes[owners == s] for s, o in enumerate(self.batch.owners)}
 
 
-def plain(method: Declaration, objective: Objective) -> Objective:
-    """REINFORCE with the method's own aggregation: what every gate is on-policy."""
-    from agentgym_trainers.objective.declare import NoGate, NoRatio
-
+def plain(objective: Objective) -> Objective:
+    """REINFORCE with the objective's own aggregation: what every gate is on-policy."""
     return Objective(ratio=NoRatio(), gate=NoGate(), aggregation=objective.aggregation)

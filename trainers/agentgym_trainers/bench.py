@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from agentgym.advantages import advantages
@@ -95,9 +96,10 @@ def _chosen(methods: str) -> list[str]:
 
 
 class Load(NamedTuple):
-    """Episodes with their composed rewards, and their tokens as a learner would have them."""
+    """Episodes with their composed rewards and a critic's values, and their tokens as a learner would have them."""
 
     samples: list[tuple[Trajectory, Composed]]
+    values: list[NDArray[np.float64]]
     tokens: Tokens
 
     @classmethod
@@ -109,7 +111,7 @@ class Load(NamedTuple):
         samples = [(t, compose.trajectory(t)) for t in played]
         values = [np.zeros(TURNS)] * episodes
         (batch,) = collate(played, values, max_tokens=10**12, rewards=[c.value for _, c in samples])
-        return cls(samples, columns(batch, torch.zeros(())))
+        return cls(samples, values, columns(batch, torch.zeros(())))
 
 
 def _episode(g: np.random.Generator, group: int, member: int) -> Trajectory:
@@ -142,7 +144,8 @@ class Work:
 
     def credit(self) -> Tensor:
         """The advantage of every token [M]."""
-        found = advantages(self.load.samples, self.method.advantage, whiten=self.method.whiten)
+        m, load_ = self.method, self.load
+        found = advantages(load_.samples, m.advantage, whiten=m.whiten, values=load_.values)
         return torch.from_numpy(np.repeat(np.concatenate(found), LENGTH).astype(np.float32))
 
     def differentiate(self, credit: Tensor) -> None:

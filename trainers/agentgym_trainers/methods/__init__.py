@@ -20,6 +20,7 @@ from agentgym.advantages import Term
 from agentgym.errors import ConfigError, unknown
 from agentgym.presets import Table, read_toml
 from agentgym_trainers.objective.declare import Objective, Struct
+from agentgym_trainers.preference.declare import Preference
 from agentgym_trainers.strategies.declare import Plain, Strategy
 
 Badge = Literal["code-checked", "formula-checked", "reconstruction", "idea carried", "reproduced"]
@@ -63,7 +64,8 @@ class Declaration(Struct, frozen=True, kw_only=True):
     advantage: tuple[Term, ...] = (Term(),)
     whiten: Literal["none", "trajectories", "turns", "tokens"] = "none"
     objective: Objective = Objective()
-    preference: dict[str, Any] = msgspec.field(default_factory=dict)
+    preference: Preference | None = None
+    candidates: dict[str, float] = msgspec.field(default_factory=dict)
     optim: dict[str, Any] = msgspec.field(default_factory=dict)
 
 

@@ -8,7 +8,11 @@ from typing import Any
 
 import tomli_w
 
-from agentgym.cli.output import Bar, emit, out, table
+from agentgym.cli import NO, OK
+from agentgym.cli.output import emit, err, out, table
+
+OWN_FAMILY = ("preference", "candidates", "optim")
+"""Sections that are only shown where a method sets them."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +39,10 @@ def run_list(options: argparse.Namespace) -> None:
     if options.json:
         return emit({"objectives": found})
     lines = [
-        (row["name"], row["title"], row["paper"], row["badge"], "; ".join(f"{k}: {v}" for k, v in row["axes"].items()))
+        (row["name"], row["badge"], row["paper"], row["title"], "; ".join(f"{k}: {v}" for k, v in row["axes"].items()))
         for row in found
     ]
-    columns = ("name", "title", "paper", "badge", "differs from the defaults in")
+    columns = ("name", "badge", "paper", "what", "differs from the defaults in")
     return out().print(table("", columns, lines), markup=False)
 
 
@@ -48,12 +52,11 @@ def run_show(options: argparse.Namespace) -> None:
     from agentgym_trainers.methods.describe import axes, differing
 
     method = load(options.method)
-    declaration, unlike = declared(method), differing(method)
-    pasted = tomli_w.dumps(method.table)
+    whole, unlike, pasted = axes(declared(method), full=True), differing(method), tomli_w.dumps(method.table)
     if options.json:
         about = {name: getattr(method.about, name) for name in method.about.__struct_fields__}
-        return emit({"name": method.name, **about, "axes": axes(declaration), "differing": unlike, "toml": pasted})
-    rows = [(axis, text, "" if axis in unlike else "default") for axis, text in axes(declaration).items()]
+        return emit({"name": method.name, **about, "axes": whole, "differing": unlike, "toml": pasted})
+    rows = [(k, v, "" if k in unlike else "default") for k, v in whole.items() if k in unlike or k not in OWN_FAMILY]
     out().print(f"{method.name}  {method.about.title}\n", style="bold", markup=False)
     out().print(table("", ("axis", "choice", ""), rows), "", markup=False)
     return out().print(_prose(method), pasted, markup=False, sep="\n")
@@ -75,10 +78,13 @@ def _prose(method: Any) -> str:
 
 
 def run_certify(options: argparse.Namespace) -> int:
-    """Exact bias, variance and hackability on enumerable problems; exit code 1 where a trap was found."""
-    from agentgym_trainers.exact.certify import certify
+    """Exact bias, variance and hackability on enumerable problems; exit code 1 where it walks into a trap."""
+    with err().status(f"certifying {options.method}: every group of episodes of small worlds, up to a minute"):
+        from agentgym_trainers.exact.certify import report, run
 
-    raise SystemExit(certify, Bar)
+        certificate = run(options.method)
+    emit(certificate) if options.json else out().print(report(certificate), markup=False)
+    return NO if certificate.caught else OK
 
 
 VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], Any]]] = {

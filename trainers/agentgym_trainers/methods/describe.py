@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, get_type_hints
+from typing import Any
 
 import msgspec
 
@@ -15,12 +15,12 @@ from agentgym_trainers.methods import load as load_method
 from agentgym_trainers.objective.declare import Kind
 
 
-def axes(declaration: Declaration) -> dict[str, str]:
-    """Every axis and its choice, in the order in which an update walks through them."""
+def axes(declaration: Declaration, *, full: bool = False) -> dict[str, str]:
+    """Every axis and its choice, in the order in which an update walks through them; `full` with all its options."""
     sections = _fields(declaration)
     objective = sections.pop("objective")
     walk = {name: sections.pop(name) for name in ("reward", "strategy", "advantage", "whiten")}
-    return {axis: phrase(choice) for axis, choice in {**walk, **_fields(objective), **sections}.items()}
+    return {axis: phrase(choice, full=full) for axis, choice in {**walk, **_fields(objective), **sections}.items()}
 
 
 def differing(method: Method) -> dict[str, str]:
@@ -29,14 +29,12 @@ def differing(method: Method) -> dict[str, str]:
     return {axis: text for axis, text in axes(declared(method)).items() if plain[axis] != text}
 
 
-def phrase(choice: Any) -> str:
-    """A choice in one line: its kind, and those of its options that are not the kind's defaults."""
+def phrase(choice: Any, *, full: bool = False) -> str:
+    """A choice in one line: its kind, and those of its options that are not the kind's defaults (`full`: all)."""
     if isinstance(choice, Term):
         return _term(choice)
-    if isinstance(choice, Kind):
-        return _call(choice.kind, _changed(choice))
     if isinstance(choice, msgspec.Struct):
-        return _call("", _changed(choice))
+        return _call(getattr(choice, "kind", ""), _fields(choice) if full else _changed(choice), full)
     if isinstance(choice, Mapping):
         return _call(str(choice.get("op", "")), {k: v for k, v in choice.items() if k != "op"})
     if isinstance(choice, float):
@@ -44,19 +42,19 @@ def phrase(choice: Any) -> str:
     if isinstance(choice, str) or not isinstance(choice, Iterable):
         return "none" if choice is None else str(choice)
     joint = " + " if any(isinstance(part, Term | Kind) for part in choice) else ", "
-    return joint.join(phrase(part) for part in choice) or "none"
+    return joint.join(phrase(part, full=full) for part in choice) or "none"
 
 
-def _call(name: str, options: Mapping[str, Any]) -> str:
-    said = ", ".join(f"{k} {_inner(v)}" for k, v in options.items())
+def _call(name: str, options: Mapping[str, Any], full: bool = False) -> str:
+    said = ", ".join(f"{k} {_inner(v, full)}" for k, v in options.items())
     if not name:
         return said or "default"
     return f"{name} ({said})" if said else name
 
 
-def _inner(value: Any) -> str:
-    nested = isinstance(value, Mapping | list | tuple) and bool(value)
-    return f"[{phrase(value)}]" if nested else phrase(value)
+def _inner(value: Any, full: bool) -> str:
+    nested = bool(value) if isinstance(value, Mapping | list | tuple) else isinstance(value, msgspec.Struct)
+    return f"[{phrase(value, full=full)}]" if nested else phrase(value)
 
 
 def _fields(struct: Any) -> dict[str, Any]:
@@ -71,9 +69,7 @@ def _changed(struct: msgspec.Struct) -> dict[str, Any]:
 
 def _term(term: Term) -> str:
     """prompt, anchor: mean return_to_go (gamma 0.95) x 0.3"""
-    plain = Term()
-    said = {name: getattr(term, name) for name in get_type_hints(Term) if getattr(term, name) != getattr(plain, name)}
-    shown = {k: v for k, v in said.items() if k not in ("key", "centre", "scale", "credit", "weight")}
+    shown = {k: v for k, v in _changed(term).items() if k not in ("key", "centre", "scale", "credit", "weight")}
     words = [term.centre, *(w for w in (term.scale,) if w != "none"), *(c for c in (term.credit,) if c != "trajectory")]
     weight = f" x {term.weight:g}" if term.weight != 1 else ""
     return f"{', '.join(term.parts)}: {_call(' '.join(words), shown)}{weight}"
