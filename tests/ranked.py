@@ -15,6 +15,7 @@ from learning import CREDIT, EPISODES, REWARDS, Bare, weights
 
 from agentgym.errors import RecordError
 from agentgym_trainers.controllers import numbers
+from agentgym_trainers.critic import Critic, CriticConfig
 from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.declare import Objective
@@ -54,6 +55,15 @@ def learn(name: str, rank: int, ranks: int) -> dict[str, Any]:
     return {"weights": weights(learner), "figures": figures, "numbers": numbers(learner.objective)}
 
 
+def valued(rank: int, ranks: int) -> dict[str, Any]:
+    """The critic's side of an update."""
+    mine = share_of("critic", rank, ranks)
+    critic = Critic(Bare(dtype=torch.float64), CriticConfig(), micro_tokens=40)
+    states = critic.read([EPISODES[i] for i in mine])
+    figures = critic.update(states, [CREDIT[i] for i in mine])
+    return {"weights": torch.cat([p.detach().flatten() for p in critic.parameters]), "figures": figures}
+
+
 def refused(rank: int) -> str:
     """An advantage that is not finite, on the last rank alone."""
     learner = Learner(Bare(), Objective(), Optim(), total_steps=1)
@@ -69,7 +79,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     init = f"file://{folder / 'meeting'}"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     found: dict[str, Any] = {name: learn(name, rank, ranks) for name in CASES}
-    torch.save({**found, "refused": refused(rank)}, folder / f"{rank}.pt")
+    torch.save({**found, "critic": valued(rank, ranks), "refused": refused(rank)}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -51,6 +51,14 @@ def test_two_ranks_are_one_process(both: list[dict[str, Any]], name: str) -> Non
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
+def test_two_ranks_have_one_critic(both: list[dict[str, Any]]) -> None:
+    alone = ranked.valued(0, 1)
+    one, other = (found["critic"] for found in both)
+    assert torch.equal(one["weights"], other["weights"])
+    torch.testing.assert_close(one["weights"], alone["weights"], rtol=0, atol=1e-6)
+    assert one["figures"] == other["figures"] == pytest.approx(alone["figures"], rel=1e-5)
+
+
 def test_what_one_rank_refuses_all_refuse(both: list[dict[str, Any]]) -> None:
     """Nobody waits for a rank that is gone."""
     said = [found["refused"] for found in both]

@@ -1,9 +1,9 @@
 """The critic of PPO: what a turn's state is worth, read off the policy's own trunk.
 
-    critic = Critic(trainable, CriticConfig(lr=1e-3), micro_tokens=8192)
+    critic = Critic(trainable, CriticConfig(), micro_tokens=8192)
     states = critic.read(trajectories)
     values = states.per_turn                    # what credit "gae" reads
-    figures = critic.update(states, returns)    # after the advantages are known, and before the policy moves or after
+    figures = critic.update(states, returns)
 
 The state of a turn is all that stands before its first sampled token, so its value is a linear function of the hidden
 state there. The trunk is read without gradient: the policy's loss alone moves it, and an update of the critic is a
@@ -29,14 +29,14 @@ from agentgym_trainers.objective.declare import Struct
 
 
 class CriticConfig(Struct, frozen=True, kw_only=True):
-    """lr      of the value head's own AdamW
+    """lr      of the value head's own AdamW; about how far one step moves a value, whatever the model's width
     clip    how far a value may move in one update before it counts no more (0 = as far as it likes)
     epochs  passes over the turns of an update
     """
 
-    lr: float = 1e-3
+    lr: float = 0.2
     clip: float = 0.5
-    epochs: int = 4
+    epochs: int = 8
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.clip < 0 or self.epochs < 1:
@@ -56,7 +56,8 @@ class States(NamedTuple):
 
 
 class Critic:
-    """V = w h + b, zero before the first update."""
+    """V = w x + b with x = h / (|h| sqrt(H)), zero before the first update. What comes after an episode is worth 0, also
+    where it was cut off."""
 
     def __init__(self, trainable: Trainable, config: CriticConfig, *, micro_tokens: int) -> None:
         self.trainable, self.config, self.micro_tokens = trainable, config, micro_tokens
@@ -95,7 +96,7 @@ class Critic:
         )
 
     def _value(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)[:, 0]
+        return self.head(nn.functional.normalize(hidden) * hidden.shape[1] ** -0.5)[:, 0]
 
     def update(self, states: States, returns: Sequence[NDArray[np.float64]]) -> dict[str, float]:
         """`epochs` steps towards the returns, per turn of each trajectory as `States.per_turn`; their last figures:
