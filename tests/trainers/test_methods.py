@@ -13,27 +13,36 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from making import ledger, trajectory
 from method_steps import EVERY, filled
+from numpy.typing import NDArray
 
 from agentgym import registry
 from agentgym.advantages import advantages
 from agentgym.cli import main
+from agentgym.collate import collate
 from agentgym.errors import ConfigError, DataError, UnknownName
+from agentgym.modeling import build
 from agentgym.rewards import composer, derived
-from agentgym_trainers import methods
+from agentgym_trainers import candidates, methods
+from agentgym_trainers.candidates import InTRO
 from agentgym_trainers.controllers import begun, controlled, numbers
+from agentgym_trainers.forward import Forward
 from agentgym_trainers.methods import declared, load, names
 from agentgym_trainers.methods.describe import axes, markdown
+from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.aggregations import totals
 from agentgym_trainers.objective.compute import loss
 from agentgym_trainers.objective.declare import BranchClip, Geometric, LevelsClip, Mask, Mix, NoGate, Objective
 from agentgym_trainers.objective.tokens import Tokens
+from agentgym_trainers.preference import losses
+from agentgym_trainers.strategies.hints import next_level
+from agentgym_trainers.strategies.plain import contrast
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN_FAMILY = tuple(name for name in names() if name not in EVERY)
 WANTED = {
     "ppo",
     "grpo",
@@ -246,7 +255,9 @@ def test_token_bounds_on_a_sequence_are_refused() -> None:
 Played = Sequence[Sequence[Any]]
 
 
-def credited(name: str, groups: Played, **sections: Any) -> list[list[float]]:
+def credited(
+    name: str, groups: Played, values: Sequence[NDArray[np.float64]] | None = None, **sections: Any
+) -> list[list[float]]:
     """What the method gives each turn. A member is a reward, or a dict with `rewards` (one a turn) and other facts."""
     method = declared(table_of(name, **sections))
     played = []
@@ -258,7 +269,8 @@ def credited(name: str, groups: Played, **sections: Any) -> list[list[float]]:
             played.append(t.replace(episode=t.episode.replace(member=m)))
     compose = composer(filled(method.reward or "environment"))
     samples = [(t, compose.trajectory(t, derived(t, [0.0] * len(t.turns)))) for t in played]
-    return [found.tolist() for found in advantages(samples, method.advantage, whiten=method.whiten)]
+    found = advantages(samples, method.advantage, whiten=method.whiten, values=values)
+    return [per_turn.tolist() for per_turn in found]
 
 
 def terms_with(name: str, **options: Any) -> list[dict[str, Any]]:
@@ -394,6 +406,42 @@ def test_the_paper_s_own_rewards() -> None:
     facts = {"safe": 1, "factual": 1, "reward": 2, "baseline": 1, "policy.kl": 0.5}
     assert crpg.compose(ledger(facts)).value == pytest.approx(0.548294, abs=1e-6)
     assert crpg.compose(ledger({**facts, "safe": 0})).value == 0
+
+
+def test_ppo_estimates_through_turns() -> None:
+    """3.1 of the reference, before whitening: V = 0.5, 0.6, rewards 0, 1, gamma 1, lambda 0.5."""
+    term = terms_with("ppo", lam=0.5, scale="none")
+    values = [np.asarray([0.5, 0.6])]
+    found = credited("ppo", [[{"rewards": [0, 1]}]], values=values, advantage=term)
+    assert found[0] == pytest.approx([0.3, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("natural", "expected"),
+    [
+        (True, [-4.133333, -1.6, -0.933333, -0.266667, 0.0]),
+        (False, [-2.4, 0.133333, 0.8, 1.466667, 1.733333]),
+    ],
+)
+def test_riskpo_mixes_quantiles(natural: bool, expected: list[float]) -> None:
+    """Bundles of one prompt, the whole value to each member; within 1e-5, as the reference leaves out the 1e-6."""
+    (term,) = load("riskpo").table["advantage"]
+    transform = {**term["transform"], "natural": natural, "track": False}
+    term = {**term, "bundle": 1, "credit": "trajectory", "transform": transform}
+    found = credited("riskpo", [[0, 1, 2, 3, 5]], advantage=[term])
+    assert single(found) == pytest.approx(expected, abs=2e-5)
+
+
+def test_selection_of_dcpo_and_levels_of_sage() -> None:
+    dcpo = declared(load("dcpo")).strategy
+    assert (dcpo.sample, dcpo.keep) == (16, 8)
+    assert contrast([1, 1, 0.6, 0.3, 0, 0], [900, 300, 500, 800, 200, 1500], 4) == [1, 0, 4, 5]
+    sage = msgspec.structs.replace(declared(load("sage")).strategy, variant="light")
+    level, seen = 0, []
+    for success in (0.0, 0.0, 0.2, 0.5):
+        level = next_level(level, success, sage)
+        seen.append(level)
+    assert seen == [1, 2, 2, 1]
 
 
 # --- printed numbers: losses ------------------------------------------------------------------------------------
@@ -624,3 +672,65 @@ def test_controllers_of_methods() -> None:
     ppo = declared(load("ppo")).objective
     coef = ppo.regularisers[0].coef
     assert numbers(controlled(ppo, 1, {"kl_reference": 1.0}))["regularisers.0.coef"] == pytest.approx(1.002 * coef)
+
+
+def test_bupo_reads_layer_5_for_30_steps() -> None:
+    """Steps 1 to 30 (here from 0) come from the layer inside, the 31st from the last."""
+    source = declared(load("bupo")).objective.source
+    assert source == declare.Layer(layer=5, steps=30)
+    o = objective("bupo", source=declare.Layer(layer=1, steps=30))
+    forward = Forward(o, build.tiny(9, hidden=8, layers=2, heads=2, kv_heads=1))
+    t = trajectory([{"r": 1.0}], tokens=3)
+    (batch,) = collate([t], [np.ones(1)], max_tokens=99)
+    batch.ids %= 9
+    found = [forward.prepare(batch, step) for step in (29, 30)]
+    assert [micro.layer for micro in found] == [1, None]
+    for micro in found:  # equal weights: a ratio of one, whichever layer
+        torch.testing.assert_close(forward.tokens(micro).logp.detach(), micro.fixed.old)
+    assert not torch.allclose(found[0].fixed.old, found[1].fixed.old)
+
+
+# --- printed numbers: pairs and candidates ----------------------------------------------------------------------
+
+
+def paired(chosen: Sequence[float], rejected: Sequence[float], **rates: float) -> losses.Sums:
+    """One pair with log-probs under policy, reference and pi_t."""
+    columns = [torch.tensor([[a], [b]]).double() for a, b in zip(chosen, rejected, strict=True)]
+    policy, reference, previous = columns
+    won = torch.tensor([[rates.get("win", 0.0)], [rates.get("lose", 0.0)]]).double()
+    return losses.Sums(policy=policy, tokens=torch.ones(2, 1), reference=reference, previous=previous, rates=won)
+
+
+PAIRS: list[tuple[str, dict[str, float], losses.Sums, float]] = [
+    ("dpo", {}, paired((0, 0, 0), (-2, 0, 0)), 0.598139),
+    ("cgpo-codpo", {}, paired((0, 0, 0), (-2, 0, 0)), 0.598139),
+    ("rpo", {"eta": 0.0}, paired((0, 0, 0), (-100, 0, 0)), 0.313262),
+    ("rpo", {}, paired((-0.7, -0.7, 0), (-100, 0, 0)), 0.316762),
+    ("inpo", {"eta": 0.5, "tau": 0.25}, paired((-1, -1.2, -1.1), (-2, -1.9, -1.95)), 0.600625),
+    ("dno", {"eta": 1.0}, paired((0.2, 0, 0), (-0.1, 0, 0), win=0.8, lose=0.3), 0.667617),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "sums", "expected"), PAIRS)
+def test_losses_of_pairs(name: str, options: dict[str, float], sums: losses.Sums, expected: float) -> None:
+    preference = declared(load(name)).preference
+    assert preference is not None
+    loss_ = msgspec.structs.replace(preference.loss, **options)
+    assert float(losses.pair_loss(loss_, sums)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_srpo_improves_on_what_it_reads() -> None:
+    """(0.1 x 2 - 0.5)^2 = 0.09, both orders alike; robustness weighs as much."""
+    preference = declared(load("srpo")).preference
+    assert preference is not None
+    ratios = torch.tensor([[0.0], [0.0], [2.0], [0.0], [0.0], [2.0]]).double()
+    sums = losses.Sums(policy=ratios, tokens=torch.ones(2, 1), reference=torch.zeros_like(ratios))
+    expected = 0.5 * 0.09 + 0.5 * (0.5 * 0.1 * 2.0 - 0.5) ** 2
+    assert float(losses.pair_loss(preference.loss, sums)) == pytest.approx(expected)
+
+
+def test_intro_weighs_candidates() -> None:
+    intro = InTRO(**load("intro").table["candidates"])
+    w = candidates.weights(torch.tensor([-1.0, -3.0, 0.0]), torch.tensor([-1.5, -1.0, -9.0]), intro.cap)
+    assert w.tolist() == pytest.approx([1.648721, 0.135335, 200.0], abs=1e-6)
+    assert intro.candidates == 5
