@@ -101,7 +101,7 @@ def _split(term: Term, table: Table) -> list[Term]:
 def _per_turn(term: Term, table: Table, state: AdvantageState, name: str, critic: Critic | None) -> Real:
     """A term's advantage of each turn [K]; 0 for turns that are none of its units."""
     units = units_of(term, table)
-    if not len(units.owner):
+    if not (table.turns and len(units.owner)):
         return np.zeros(table.turns)
     x = _scores(term, table, units, critic)
     if "bundle" in term.parts:

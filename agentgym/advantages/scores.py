@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from agentgym.advantages.declare import Term
 from agentgym.advantages.gae import gae, inner, scan
-from agentgym.advantages.groups import joint, total
-from agentgym.advantages.table import Ints, Real, Sample, Table
+from agentgym.advantages.groups import total
+from agentgym.advantages.table import Bools, Ints, Real, Sample, Table
 from agentgym.errors import ConfigError, RecordError
 
 Values = Sequence[NDArray[np.floating] | None]
@@ -43,8 +43,15 @@ def earned(term: Term, table: Table) -> Real:
     turn, amount = counted(term, table)
     if term.whose != "team":
         return total(turn, amount, table.turns)
-    step = joint(table.owner, table.step)
-    return total(step[turn], amount, table.turns)[step]
+    return total(table.moment[turn], amount, table.turns)[table.moment]
+
+
+def paid(term: Term, table: Table) -> Bools:
+    """Turns that got a reward of the component, be it 0: [K]."""
+    turn, _ = counted(term, table)
+    found = np.zeros(table.turns, bool)
+    found[turn] = True
+    return found if term.whose != "team" else np.isin(table.moment, table.moment[turn])
 
 
 def to_go(term: Term, table: Table) -> Real:
@@ -55,10 +62,9 @@ def to_go(term: Term, table: Table) -> Real:
     """
     rewards = earned(term, table)
     if term.whose == "team":
-        step = joint(table.owner, table.step)
-        _, first = np.unique(step, return_index=True)
+        _, first = np.unique(table.moment, return_index=True)
         bounds = np.searchsorted(table.owner[first], np.arange(table.size + 1))
-        return scan(rewards[first], _discounts(term, table, first, bounds))[step]
+        return scan(rewards[first], _discounts(term, table, first, bounds))[table.moment]
     order, bounds = table.chains if term.whose == "agent" else (np.arange(table.turns), table.bounds)
     found = np.empty(table.turns)
     found[order] = scan(rewards[order], _discounts(term, table, order, bounds))

@@ -69,6 +69,12 @@ class Table:
         return _ints(self._each(attrgetter("step"), lambda c: [step for step, _, _ in c.order]))
 
     @cached_property
+    def moment(self) -> Ints:
+        """The step of each turn, numbered through all trajectories in order: [K]."""
+        step = self.step - self.step.min(initial=0)
+        return np.unique(self.owner * (step.max(initial=0) + 1) + step, return_inverse=True)[1]
+
+    @cached_property
     def agents(self) -> list[str]:
         """Who decided in each turn: [K]."""
         return self._each(attrgetter("agent"), lambda c: [agent for _, agent, _ in c.order])
@@ -162,13 +168,14 @@ class Table:
     def whose(self, which: str) -> Bools:
         """Lines that are the team's, the own of the turn's agent, or all: [L]."""
         terms = self.ledger.terms
-        team = np.asarray([r.level in TEAM for r in terms], bool)
+        team: Bools = np.asarray([r.level in TEAM for r in terms], bool)
         if which == "team":
             return team
         if which == "all":
             return np.ones(len(terms), bool)
         at = self.ledger.turn.tolist()
-        return ~team & np.asarray([r.agent in ("", self.agents[k]) for r, k in zip(terms, at, strict=True)], bool)
+        own: Bools = np.asarray([r.agent in ("", self.agents[k]) for r, k in zip(terms, at, strict=True)], bool)
+        return own & ~team
 
     @cached_property
     def prompt(self) -> Ints:

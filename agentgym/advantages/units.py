@@ -12,7 +12,7 @@ import numpy as np
 
 from agentgym.advantages.declare import Term
 from agentgym.advantages.groups import joint
-from agentgym.advantages.scores import counted
+from agentgym.advantages.scores import paid
 from agentgym.advantages.table import Ints, Table
 
 
@@ -35,7 +35,7 @@ def units_of(term: Term, table: Table) -> Units:
         return Units(table.owner, np.arange(table.size), np.zeros(table.size, np.intp))
     kept = np.arange(table.turns)
     if term.credit == "turn" and term.component:
-        kept = np.flatnonzero(np.bincount(counted(term, table)[0], minlength=table.turns))
+        kept = np.flatnonzero(paid(term, table))
     of = np.full(table.turns, -1)
     of[kept] = np.arange(len(kept))
     return Units(of, table.owner[kept], kept)

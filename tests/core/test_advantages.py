@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import pytest
 from golden_runs import rich
@@ -11,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from making import samples, trajectory
 
-from agentgym.advantages import Term, advantages, to_tokens
+from agentgym.advantages import Best, PassAtK, RankNormal, Risk, Term, advantages, to_tokens
 from agentgym.errors import ConfigError, RecordError, UnknownName
-from agentgym.types import Trajectory
+from agentgym.rewards import Composed
+from agentgym.types import RewardTerm, Trajectory
 
 
 def outcomes(rewards: list[float], **fields: object) -> list[Trajectory]:
@@ -49,6 +52,10 @@ def estimate(rewards: list[float], *terms: Term) -> list[float]:
         (Term(singleton="keep"), [0.7], [0.7]),
         (Term(), [0.7], [0.0]),
         (Term(centre="leave_one_out", scale="none"), [0.7], [0.0]),
+        (Term(centre="others", scale="none"), [1, 0, 0, 0], [1, -1 / 3, -1 / 3, -1 / 3]),
+        (Term(centre="others", scale="none"), [0.7], [0.0]),
+        (Term(centre="others", scale="none", singleton="keep"), [0.7], [0.7]),
+        (Term(scale="active"), [0, 0], [0, 0]),
         (Term(key="none", centre="none", scale="none", weight=-2.0), [0.7], [-1.4]),
     ],
 )
@@ -60,6 +67,27 @@ def test_reinforce_pp_with_group_baseline_whitens_the_batch() -> None:
     both = [*outcomes([1, 0], group="a"), *outcomes([0, 0], group="b")]
     found = first(advantages(samples(both), [Term(scale="batch")]))
     assert found == pytest.approx([1.224745, -1.224745, 0, 0], abs=1e-5)
+
+
+def test_gpg_makes_up_for_the_share_without_signal() -> None:
+    both = [*outcomes([1, 0], group="a"), *outcomes([0, 0], group="b")]
+    assert first(advantages(samples(both), [Term(scale="active")])) == pytest.approx([2, -2, 0, 0])
+
+
+def test_a_trajectory_may_enter_its_statistics_once_a_turn() -> None:
+    """The flag of GiGPO's released code: statistics over steps, so that long trajectories weigh more."""
+    played = [trajectory([{"r": 1.0}, {}, {}]), trajectory([{"r": 0.0}])]
+    assert first(advantages(samples(played), [Term(scale="none")])) == [0.5, -0.5]
+    each = np.asarray([1.0, 1.0, 1.0, 0.0])
+    expected = (np.asarray([1.0, 0.0]) - each.mean()) / (each.std(ddof=1) + 1e-6)
+    assert first(advantages(samples(played), [Term(count="turns")])) == pytest.approx(expected.tolist())
+
+
+def test_domains_and_labels_are_keys() -> None:
+    shop, web = {"labels": {"domain": "shop"}}, {"labels": {"domain": "web"}}
+    played = [*outcomes([1, 0], group="a", **shop), *outcomes([4, 3], group="b", **web), *outcomes([9], group="c")]
+    found = first(advantages(samples(played), [Term(key="domain", scale="none", singleton="keep")]))
+    assert found == [0.5, -0.5, 0.5, -0.5, 9.0]
 
 
 def test_opo_weighs_the_baseline_by_length_and_remax_is_given_one() -> None:
@@ -138,52 +166,85 @@ def test_complementary_rl_normalises_in_each_subgroup() -> None:
 # --- a slow twin ------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Unit:
+    owner: int
+    turn: int  # -1: a whole trajectory
+    group: object
+    coarse: object
+    score: float
+    tokens: int
+    turns: int
+
+
 def slow(trajectories: list[Trajectory], term: Term) -> list[list[float]]:
     """The same by plain loops over units, for rewards named "r"."""
-    units: list[tuple[int, int, object, float, int]] = []  # trajectory, turn, group, score, tokens
+    units: list[Unit] = []
     for p, t in enumerate(trajectories):
         amounts = [sum(r.value for r in turn.rewards) for turn in t.turns.items]  # type: ignore[union-attr]
         tokens = [len(turn.action.span.ids) for turn in t.turns.items]  # type: ignore[union-attr]
         group: object = t.episode.group if "prompt" in term.parts else "all"
         if term.credit == "trajectory":
-            units.append((p, -1, group, sum(amounts), sum(tokens)))
+            units.append(Unit(p, -1, group, group, sum(amounts), sum(tokens), len(amounts)))
             continue
         for k in range(len(amounts)):
             to_go = sum(term.gamma ** (j - k) * amounts[j] for j in range(k, len(amounts)))
             score = to_go if term.credit == "return_to_go" else amounts[k]
-            anchor = t.turns[k].observation.anchor if "anchor" in term.parts else ""
-            units.append((p, k, (group, anchor), score, tokens[k]))
-    values = [_slow_unit(i, units, term) for i in range(len(units))]
+            fine = (t.turns[k].observation.anchor if "anchor" in term.parts else "", k if "turn" in term.parts else 0)
+            units.append(Unit(p, k, (group, fine), group, score, tokens[k], 1))
+    values = [_slow_unit(u, units, term) for u in units]
+    if term.scale == "active":
+        values = [v * len(units) / max(sum(u.score != 0 for u in units), 1) for v in values]
     if term.scale in ("batch", "tokens"):
-        weights = [u[4] if term.scale == "tokens" else 1 for u in units]
+        weights = [u.tokens if term.scale == "tokens" else 1 for u in units]
         mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
         square = sum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True))
         std = math.sqrt(square / max(sum(weights) - term.ddof, 1))
         values = [(v - mean) / (std + term.eps) for v in values]
     out = [[0.0] * len(t.turns) for t in trajectories]
-    for (p, k, *_), value in zip(units, values, strict=True):
-        for turn in range(len(out[p])) if k < 0 else [k]:
-            out[p][turn] = value
+    for u, value in zip(units, values, strict=True):
+        for turn in range(len(out[u.owner])) if u.turn < 0 else [u.turn]:
+            out[u.owner][turn] = value
     return out
 
 
-def _slow_unit(i: int, units: list, term: Term) -> float:
-    mine = [u for u in units if u[2] == units[i][2]]
-    score, scores = units[i][3], [u[3] for u in mine]
-    if len(mine) == 1 and term.centre != "none":
-        return score if term.singleton == "keep" else 0.0
-    mean = sum(scores) / len(scores)
-    value = score
-    if term.centre == "mean":
-        value = score - mean
-    elif term.centre == "leave_one_out":
-        value = score - (sum(scores) - score) / (len(scores) - 1)
-    elif term.centre == "length_weighted":
-        value = score - sum(u[4] * u[3] for u in mine) / sum(u[4] for u in mine)
-    if term.scale == "std":
+def _slow_unit(u: Unit, units: list[Unit], term: Term) -> float:
+    mine = [v for v in units if v.group == u.group]
+    scores = [v.score for v in mine for _ in range(v.turns if term.count == "turns" else 1)]
+    if term.centre == "others":
+        baseline = _slow_others(u, units)
+        if baseline is None:
+            return u.score if term.singleton == "keep" else 0.0
+        value = u.score - baseline
+    elif len(mine) == 1 and term.centre != "none":
+        return u.score if term.singleton == "keep" else 0.0
+    else:
+        value = u.score - _slow_baseline(u, mine, scores, term)
+    if term.scale == "std" and max(scores) > min(scores):
+        mean = sum(scores) / len(scores)
         std = math.sqrt(sum((s - mean) ** 2 for s in scores) / max(len(scores) - term.ddof, 1))
         value /= std + term.eps
     return value
+
+
+def _slow_baseline(u: Unit, mine: list[Unit], scores: list[float], term: Term) -> float:
+    if term.centre == "mean":
+        return sum(scores) / len(scores)
+    if term.centre == "leave_one_out":
+        return (sum(scores) - u.score) / (len(scores) - 1)
+    if term.centre == "length_weighted":
+        return sum(v.tokens * v.score for v in mine) / sum(v.tokens for v in mine)
+    return 0.0
+
+
+def _slow_others(u: Unit, units: list[Unit]) -> float | None:
+    """Of others in the group; else what it was at the trajectory's latest earlier unit that had some."""
+    earlier = [v for v in units if v.owner == u.owner and v.coarse == u.coarse and v.turn <= u.turn]
+    for unit in reversed(earlier):
+        found = [v.score for v in units if v.group == unit.group and v.owner != u.owner]
+        if found:
+            return sum(found) / len(found)
+    return None
 
 
 _rewards = st.floats(-2, 2).map(lambda x: round(x, 2))
@@ -196,14 +257,19 @@ _batches = st.lists(st.tuples(_turns, st.sampled_from("gh")), min_size=1, max_si
     ]
 )  # fmt: skip
 _axes = {
-    "centre": st.sampled_from(["mean", "leave_one_out", "length_weighted", "none"]),
-    "scale": st.sampled_from(["none", "std", "batch", "tokens"]),
+    "centre": st.sampled_from(["mean", "leave_one_out", "others", "length_weighted", "none"]),
+    "scale": st.sampled_from(["none", "std", "batch", "tokens", "active"]),
     "ddof": st.sampled_from([0, 1]),
     "eps": st.just(1e-3),
     "singleton": st.sampled_from(["zero", "keep"]),
 }
 _terms = st.one_of(
     st.builds(Term, key=st.sampled_from(["prompt", "batch"]), **_axes),
+    st.builds(Term, key=st.sampled_from(["prompt", "batch"]), scale=st.sampled_from(["none", "std"]),
+              count=st.just("turns")),
+    st.builds(Term, key=st.sampled_from([("prompt", "turn"), ("batch", "turn"), ("prompt", "turn", "anchor")]),
+              credit=st.just("return_to_go"), centre=st.just("others"), scale=st.sampled_from(["none", "batch"]),
+              singleton=st.sampled_from(["zero", "keep"])),
     st.builds(Term, key=st.sampled_from(["prompt", ("prompt", "anchor"), ("batch", "anchor")]),
               credit=st.sampled_from(["turn", "return_to_go"]), gamma=st.sampled_from([0.5, 1.0]), **_axes),
 )  # fmt: skip
@@ -224,6 +290,10 @@ GROUPED = [
     Term(centre="leave_one_out", scale="none"),
     Term(centre="length_weighted"),
     Term(key=("prompt", "anchor"), credit="return_to_go"),
+    Term(key=("prompt", "turn"), centre="others", scale="none", credit="return_to_go"),
+    Term(centre="none", scale="none", transform=RankNormal()),
+    Term(centre="none", transform=PassAtK()),
+    Term(centre="none", scale="none", transform=Risk(natural=True)),
 ]
 
 
@@ -298,6 +368,67 @@ def test_broadcast_to_the_tokens_of_each_turn() -> None:
         to_tokens(played, np.zeros(0))
 
 
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rewards_that_are_not_finite_are_refused_by_episode(value: float) -> None:
+    good = samples(outcomes([1, 0]))
+    bad = trajectory([{"r": value}], group="b")
+    with pytest.raises(RecordError, match=r"composed reward of episode b\.0\.0 is"):
+        advantages([*good, (bad, Composed(value, 0.0, (value,)))], [Term()])
+    with pytest.raises(RecordError, match=r"share of a reward term of episode b\.0\.0"):
+        advantages([*good, (bad, Composed(0.0, 0.0, (value,)))], [Term(credit="turn")])
+    with pytest.raises(RecordError, match=r"a reward term of episode b\.0\.0"):
+        advantages([*good, (bad, Composed(0.0, 0.0, (0.0,)))], [Term(component="r")])
+    baseless = samples([trajectory([{"r": 1.0}], metrics={"baseline": value})])
+    with pytest.raises(RecordError, match=r"metric 'baseline' of episode g\.0\.0"):
+        advantages(baseless, [Term(centre="given", scale="none")])
+
+
+def test_sums_that_overflow_are_refused_by_episode() -> None:
+    huge = samples(outcomes([1.7e308, -1.7e308]))
+    with pytest.raises(RecordError, match=r"the advantage of episode g\.0\.0"):
+        advantages(huge, [Term(centre="leave_one_out", scale="none")])
+
+
+ANY = [
+    *GROUPED,
+    Term(scale="batch"),
+    Term(scale="tokens"),
+    Term(scale="active"),
+    Term(key=("prompt", "component")),
+    Term(key=("batch", "agent")),
+    Term(key="bundle", centre="none", scale="none", credit="share", transform=Risk(track=True)),
+    Term(key="bundle", scale="std"),
+    Term(centre="none", scale="none", transform=Best()),
+    Term(component="absent"),
+    Term(component="absent", credit="turn"),
+    Term(key="none", centre="none", scale="none", credit="gae"),
+    Term(whose="team", credit="return_to_go", key="batch"),
+]
+
+
+@pytest.mark.parametrize("term", ANY)
+def test_empty_steps_failures_and_episodes_without_turns_are_defined(term: Term) -> None:
+    broken, silent = trajectory([{"r": 1.0}], status="failed"), trajectory([])
+    assert advantages([], [term]) == []
+    assert [v.tolist() for v in advantages(samples([broken, broken]), [term])] == [[], []]
+    assert [v.tolist() for v in advantages(samples([silent, broken, silent]), [term])] == [[], [], []]
+    one = trajectory([{"r": 1.0}], anchors=["s"])
+    (value,) = advantages(samples([one]), [term], values=[np.zeros(1)])[0].tolist()
+    assert math.isfinite(value)
+
+
+def test_shares_and_turns_of_reward_terms_must_fit() -> None:
+    played = trajectory([{"r": 1.0}])
+    with pytest.raises(RecordError, match=r"2 shares for the 1 reward terms of episode g\.0\.0"):
+        advantages([(played, Composed(1.0, 0.0, (0.5, 0.5)))], [Term(credit="turn")])
+    stray = Composed(1.0, 0.0, (0.5, 0.5), (RewardTerm(name="late", value=0.5, turn=7),))
+    with pytest.raises(RecordError, match=r"episode g\.0\.0 names turn 7, the trajectory has 1"):
+        advantages([(played, stray)], [Term(credit="turn")])
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +440,21 @@ def test_broadcast_to_the_tokens_of_each_turn() -> None:
         ({"key": ("prompt", "anchor")}, ConfigError, "set credit to 'turn'"),
         ({"key": "none"}, ConfigError, "makes no groups"),
         ({"key": ("prompt", "component"), "component": "r"}, ConfigError, "drop component"),
+        ({"key": ()}, ConfigError, "an empty key"),
+        ({"key": "label:"}, UnknownName, "label:NAME"),
+        ({"key": "none", "centre": "none", "scale": "none", "transform": Best()}, ConfigError, "makes no groups"),
+        ({"credit": "share"}, ConfigError, "set key = 'bundle'"),
+        ({"key": ("bundle", "domain")}, ConfigError, "stands alone"),
+        ({"key": "bundle", "credit": "turn"}, ConfigError, "stands alone"),
+        ({"key": "bundle", "centre": "given"}, ConfigError, "of single trajectories"),
+        ({"key": "bundle", "bundle": 0}, ConfigError, "at least one prompt"),
+        ({"transform": RankNormal()}, ConfigError, "set centre = 'none'"),
+        ({"transform": RankNormal(), "centre": "none"}, ConfigError, "set scale = 'none'"),
+        ({"count": "turns", "credit": "turn"}, ConfigError, "needs credit 'trajectory'"),
+        ({"count": "turns", "centre": "leave_one_out"}, ConfigError, "needs credit 'trajectory'"),
+        ({"weight": math.nan}, ConfigError, "a finite number"),
         ({"ddof": 2}, ConfigError, "ddof is 0 or 1"),
+        ({"lam": 1.5}, ConfigError, "gamma and lam in"),
     ],
 )
 def test_a_wrong_term_is_refused_with_the_way_out(fields: dict, error: type, says: str) -> None:
@@ -318,10 +463,31 @@ def test_a_wrong_term_is_refused_with_the_way_out(fields: dict, error: type, say
 
 
 def test_turn_index_groups_warn_and_missing_keys_are_named() -> None:
-    with pytest.warns(UserWarning, match="late turns exist only in long"):
-        Term(key=("prompt", "turn"), credit="turn")
+    for biased in ({"credit": "turn"}, {"credit": "return_to_go", "centre": "others"}):
+        with pytest.warns(UserWarning, match="late turns exist only in long"):
+            Term(key=("prompt", "turn"), **biased)
+    Term(key=("prompt", "turn"), credit="return_to_go", centre="others", scale="none")
     played = samples([trajectory([{"r": 1.0}], labels={"intent": "x"})])
     with pytest.raises(UnknownName, match="did you mean 'intent'"):
         advantages(played, [Term(key=("prompt", "label:intemt"))])
     with pytest.raises(ConfigError, match=r"needs Observation.anchor; test-v0 gives none"):
         advantages(played, [Term(key=("prompt", "anchor"), credit="turn")])
+
+
+def test_terms_are_read_from_tables_with_precise_errors() -> None:
+    table = {"key": ["prompt", "anchor"], "credit": "return_to_go", "scale": "none", "gamma": 0.95}
+    assert msgspec.convert(table, Term) == Term(**{**table, "key": ("prompt", "anchor")})  # type: ignore[arg-type]
+    risky = {"centre": "none", "transform": {"kind": "risk", "upper": 0.9, "track": True}}
+    found = msgspec.convert(risky, Term)
+    assert found == Term(centre="none", transform=Risk(upper=0.9, track=True))
+    assert msgspec.convert(msgspec.to_builtins(found), Term) == found
+    for wrong, says in (
+        ({"transform": {"kind": "risk", "uper": 0.9}, "centre": "none"}, r"unknown field `uper`.*\$\.transform"),
+        ({"transform": {"kind": "ranks"}}, r"Invalid value 'ranks' - at `\$\.transform\.kind`"),
+        ({"transform": {"kind": "risk", "lower": 0.9}}, r"0 <= lower < upper <= 1; got 0\.9, 0\.8"),
+        ({"centre": "meen"}, r"\$\.centre"),
+        ({"key": "promt"}, "did you mean 'prompt'"),
+        ({"centred": "mean"}, "unknown field `centred`"),
+    ):
+        with pytest.raises((msgspec.ValidationError, UnknownName), match=says):
+            msgspec.convert(wrong, Term)
