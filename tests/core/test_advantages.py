@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
 
 import msgspec
 import numpy as np
@@ -491,3 +495,10 @@ def test_terms_are_read_from_tables_with_precise_errors() -> None:
     ):
         with pytest.raises((msgspec.ValidationError, UnknownName), match=says):
             msgspec.convert(wrong, Term)
+
+
+def test_the_tables_of_the_docs_are_terms() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "credit.md").read_text("utf-8")
+    tables = re.findall(r"^    \[\[advantage\]\]\n(?:    .+\n)+", page, re.MULTILINE)
+    found = [msgspec.convert(tomllib.loads(dedent(t))["advantage"], tuple[Term, ...]) for t in tables]
+    assert [terms[0].parts for terms in found] == [("prompt", "turn"), ("prompt", "anchor")]
