@@ -24,11 +24,12 @@ from agentgym import registry
 from agentgym.advantages import advantages
 from agentgym.cli import main
 from agentgym.collate import collate
-from agentgym.errors import ConfigError, DataError, UnknownName
+from agentgym.errors import AgentGymError, ConfigError, DataError, UnknownName
 from agentgym.modeling import build
 from agentgym.rewards import composer, derived
 from agentgym_trainers import candidates, methods
 from agentgym_trainers.candidates import InTRO
+from agentgym_trainers.config import resolve
 from agentgym_trainers.controllers import begun, controlled, numbers
 from agentgym_trainers.forward import Forward
 from agentgym_trainers.methods import declared, load, names
@@ -219,6 +220,28 @@ def test_a_file_of_your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_page_is_up_to_date() -> None:
     page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
     assert markdown() in page, "write the output of `agentgym objectives --markdown` into docs/objectives.md"
+
+
+NEEDS_MORE = {
+    "gigpo": "gamma",  # the preset's potential has another discount
+    "kepo": "teacher",
+    "intro": "candidates",  # used from code
+}
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_run_takes_the_method_as_it_is(name: str) -> None:
+    """On a preset; what needs more than a preset has is refused with what it needs."""
+    settings = [f"method={name}"]
+    if name in NEEDS_MORE:
+        with pytest.raises(AgentGymError, match=NEEDS_MORE[name]):
+            resolve("shopping/laptop", settings)
+        return
+    config, method = resolve("shopping/laptop", settings), declared(load(name))
+    assert config.objective == method.objective or name not in EVERY
+    assert config.advantage == method.advantage
+    assert (config.strategy, config.whiten) == (method.strategy, method.whiten)
+    assert config.run.algorithm == ("policy_gradient" if name in EVERY else "preference")
 
 
 # --- what cannot be meant ---------------------------------------------------------------------------------------
@@ -734,3 +757,15 @@ def test_intro_weighs_candidates() -> None:
     w = candidates.weights(torch.tensor([-1.0, -3.0, 0.0]), torch.tensor([-1.5, -1.0, -9.0]), intro.cap)
     assert w.tolist() == pytest.approx([1.648721, 0.135335, 200.0], abs=1e-6)
     assert intro.candidates == 5
+
+
+# --- what they cost ---------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_measures_every_method() -> None:
+    bench = registry.load("objectives", "benches")
+    figures = bench(tokens=4096, repeats=1, trl=False)
+    assert {row["method"] for row in figures["methods"]} == set(EVERY)
+    assert all(row["peak MB of the loss"] >= 0 for row in figures["methods"])
+    with pytest.raises(UnknownName, match="did you mean 'gspo'"):
+        bench(methods="gsppo")

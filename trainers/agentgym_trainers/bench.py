@@ -8,9 +8,11 @@ a ratio is one of neighbours in time. TRL's loss stands on the same numbers in i
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,8 +153,9 @@ class Work:
     def differentiate(self, credit: Tensor) -> None:
         """The loss and its gradient by every column that carries one."""
         t = self.load.tokens
-        leaves = {name: t.logp.clone().requires_grad_() for name in ("logp", "entropy", "masked", "divergence")}
-        given = replace(t, advantages=credit, old=t.logp - 0.01, reference=t.logp, **leaves)
+        entropy, masked, divergence = (t.logp.clone().requires_grad_() for _ in range(3))
+        beside = replace(t, entropy=entropy, masked=masked, divergence=divergence, reference=t.logp)
+        given = replace(beside, advantages=credit, old=t.logp - 0.01, logp=t.logp.clone().requires_grad_())
         found, _ = loss(self.method.objective, given, totals(self.method.objective.aggregation, given))
         found.backward()
 
@@ -191,14 +194,30 @@ def _interleaved(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
 
 def peak(work: Callable[[], Any]) -> int:
     """The most bytes of tensors that were alive at once, by torch's own account of its allocations."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+    with (
+        _silence(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found,
+    ):
         work()
     held = most = 0
-    for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in found.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
     return most
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what the profiler writes to the process's standard error whatever its log level."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------
