@@ -14,6 +14,8 @@ from agentgym.errors import ConfigError, DataError, UnknownName
 from agentgym_trainers.exact import certify as certificates
 from agentgym_trainers.exact.certify import TRAPS, Certificate, Verdict, report, run
 from agentgym_trainers.exact.composition import load
+from agentgym_trainers.exact.estimate import Lab
+from agentgym_trainers.exact.mdp import MDP, SCALES, STOPPING
 
 FILES = Path(__file__).resolve().parents[1] / "traps"
 SUM = {"ratio": {"kind": "none"}, "gate": {"kind": "none"}, "aggregation": {"kind": "seq_mean_token_sum"}}
@@ -105,12 +107,8 @@ def test_the_mean_of_a_turn_index_weighs_late_turns_less() -> None:
 
 def test_pairs_at_the_uniform_policy_give_the_weights_of_the_proof() -> None:
     """With two members the turn-index mean weighs turn k by P(the other one gets there) / 2: 1/2, 1/4, 1/8."""
-    from agentgym_trainers.exact.certify import shares
-    from agentgym_trainers.exact.estimate import Lab
-    from agentgym_trainers.exact.mdp import STOPPING
-
     lab = Lab(load(FILES / "turn_mean.py"), STOPPING, members=2)
-    found = shares(lab.estimate(lab.mdp.legal * 0.0), 0)
+    found = certificates.shares(lab.estimate(lab.mdp.legal * 0.0), 0)
     assert found == pytest.approx([0.5, 0.25, 0.125], abs=1e-12)
 
 
@@ -244,3 +242,51 @@ def test_a_certificate_is_plain_data(grpo: Certificate) -> None:
     told = msgspec.json.decode(msgspec.json.encode(grpo))
     assert told["verdicts"][0]["status"] in ("clean", "caught")
     assert all(math.isfinite(b["relative"]) for b in told["bias"])
+
+
+# --- methods of the catalogue -----------------------------------------------------------------------------------
+
+
+def test_a_reward_that_never_differs_is_imitation() -> None:
+    found = certify({"reward": {"op": "weighted_sum", "plus": [1.0]}, **UNBIASED["reinforce"]})
+    assert "imitates" in found.outside
+    assert not any(v.status == "clean" for v in found.verdicts)
+
+
+@pytest.mark.parametrize("name", ["rloo", "remax"])
+def test_methods_by_name(name: str) -> None:
+    found = run(name)
+    assert found.name == name
+    assert not found.caught
+    assert relative(found, "stopping") < 1e-9
+
+
+def test_a_greedy_baseline_and_a_selection_go_through_the_real_strategies() -> None:
+    found = run("dcpo")
+    assert verdict(found, "silent zeros").status == "clean"
+    assert relative(found, "stopping") > 0.05
+
+
+def test_bundles_labels_and_critics_are_enumerated() -> None:
+    bundle = [{"key": "bundle", "centre": "none", "scale": "none", "credit": "share", "transform": {"kind": "risk"}}]
+    halves = [{"key": ["prompt", "label:half"], "scale": "none"}]
+    critic = [{"key": "none", "centre": "none", "scale": "none", "credit": "gae", "gamma": 1.0, "lam": 0.7}]
+    assert alone(bundle, SCALES) > 0.01
+    assert alone(halves, STOPPING) < 1e-9
+    assert alone(critic, STOPPING) < 1e-9
+
+
+def alone(terms: list, mdp: MDP, **tables: object) -> float:
+    """The relative bias in one world, at a policy that is not uniform."""
+    composition = load({"advantage": terms, "objective": SUM, **tables})
+    theta = certificates.policies(mdp)[1]
+    return certificates.bias("", Lab(composition, mdp, members=2).estimate(theta)).relative
+
+
+def test_groups_without_signal_dropped_or_refilled() -> None:
+    """Refilled they cost nothing. Dropped, a mean over what is left weighs prompts by what their neighbours drew, and
+    without a baseline an all-equal group had a signal."""
+    rloo, reinforce = UNBIASED["rloo"]["advantage"], UNBIASED["reinforce"]["advantage"]
+    assert alone(rloo, SCALES, strategy={"kind": "dynamic_filter"}) < 1e-9
+    assert 1e-3 < alone(rloo, SCALES, rollout={"drop_equal": True}) < 0.05
+    assert alone(reinforce, SCALES, rollout={"drop_equal": True}) > 0.1

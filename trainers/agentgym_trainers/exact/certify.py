@@ -121,7 +121,9 @@ def _outside(c: Composition, why: str) -> Certificate:
 def _measured(c: Composition) -> Certificate:
     labs = {mdp.name: Lab(c, mdp, members=MEMBERS[mdp.name]) for mdp in WORLDS.values()}
     gaps = (*c.gaps, *(lab.pipeline.note for lab in labs.values() if lab.pipeline.note))
-    paying = [lab for lab in labs.values() if np.ptp(lab.pipeline.returns) > 0]
+    paying = [lab for lab in labs.values() if lab.pipeline.varied]
+    if not paying:
+        return _outside(c, "its reward is the same for every episode, so it imitates and estimates no gradient")
     return Certificate(
         name=c.name,
         refused=c.refused,
@@ -129,7 +131,7 @@ def _measured(c: Composition) -> Certificate:
         asides=c.asides,
         bias=tuple(_worst(lab) for lab in paying),
         spread=tuple(_spread(lab) for lab in paying),
-        flows=flows(labs["tool"]),
+        flows=flows(c),
         verdicts=tuple(_verdict(trap, _hedged(judge(c), gaps)) for trap, judge in TRAPS.items()),
     )
 
@@ -261,7 +263,7 @@ def _scaling(c: Composition) -> Finding:
 def _zeros(c: Composition) -> Finding:
     """With failed members against without them, where the fault persists."""
     lab, logs = Lab(c, FAULTY, members=3, retries=0, fair=True), log_policy(policies(FAULTY)[0], FAULTY.legal)
-    good = [tuple(tuple(p for p in group if not FAULTY.paths[p].failed) for group in step) for step in lab.steps]
+    good = [tuple(tuple(~p if FAULTY.paths[p].failed else p for p in group) for group in step) for step in lab.steps]
     with_, without = (
         gradient(np.einsum("g,gqksa->sa", lab.probabilities(logs), lab.coefficients(logs, logs, steps)), logs)
         for steps in (lab.steps, good)

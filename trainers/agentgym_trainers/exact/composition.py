@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from agentgym.advantages import Term
+from agentgym.advantages import PassAtK, Risk, Term
 from agentgym.errors import ConfigError, DataError, unknown
 from agentgym_trainers import methods
 from agentgym_trainers.objective import declare
@@ -118,11 +118,12 @@ def _composed(
             raise unknown(f"section of {name!r}:", section, SECTIONS)
     objective, refused = objective_of(tables.get("objective", {}))
     strategy: Strategy = _converted(tables.get("strategy", {"kind": "plain"}), Strategy)
+    terms = _terms(tables.get("advantage", ({},)))
     return Composition(
         name=name,
         reward=tables.get("reward", {}),
         strategy=strategy,
-        advantage=_terms(tables.get("advantage", ({},))),
+        advantage=terms,
         whiten=tables.get("whiten", "none"),
         objective=msgspec.structs.replace(objective, regularisers=(), controllers=()) if not refused else objective,
         drop_equal=bool(tables.get("rollout", {}).get("drop_equal", False)),
@@ -131,7 +132,7 @@ def _composed(
         refused=refused,
         outside=_outside(tables),
         gaps=tuple(_gaps(strategy, objective)),
-        asides=tuple(_asides(objective)),
+        asides=tuple(_asides(objective, terms)),
     )
 
 
@@ -194,9 +195,17 @@ def _gaps(strategy: Strategy, objective: Objective) -> Iterator[str]:
             yield f"the regulariser {r.kind!r}: a gradient of its own, left out"
 
 
-def _asides(objective: Objective) -> Iterator[str]:
+def _asides(objective: Objective, terms: Sequence[Term]) -> Iterator[str]:
     goals = (declare.Kl, declare.KlHinge, declare.Entropy, declare.EntropyBand)
     if any(isinstance(r, goals) for r in objective.regularisers):
         yield "KL and entropy terms are set aside: they change the goal, not the estimate of its gradient"
     if objective.controllers:
         yield "controllers stand at their first value"
+    if any(term.gamma < 1 for term in terms if not term.whole):
+        yield "credit is discounted, and measured against the return that is not"
+    if any(term.credit == "gae" for term in terms):
+        yield "the critic knows the exact values"
+    if any(isinstance(term.transform, Risk) for term in terms):
+        yield "quantiles are those of the step itself; the goal is a risk measure, and not the mean return"
+    if any(isinstance(term.transform, PassAtK) for term in terms):
+        yield "the goal is the best of a group, and not the mean return"

@@ -179,7 +179,7 @@ class Lab:
         surely, likely = self.mdp.intended(only), self.mdp.intended(logs)
         greedy = np.asarray([np.argmax(surely * (prompts == q)) for q in range(len(self.mdp.prompts))])
         values = self.pipeline.values(likely) if self.pipeline.informed else np.zeros(0)
-        expected: Real = np.bincount(prompts, likely * self.pipeline.returns)
+        expected = np.bincount(prompts, likely * self.pipeline.returns).astype(np.float64)
         return Facts(greedy, expected, values)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from agentgym_trainers.exact.composition import Composition
 from agentgym_trainers.exact.estimate import Lab, gradient
-from agentgym_trainers.exact.mdp import MDP, Real, log_policy
+from agentgym_trainers.exact.mdp import MDP, TOOL, Real, log_policy
 
-LENGTH = 160
+LENGTH = 80
 """Steps of the flow; they are of length `STRIDE` first and shrink to nothing, so the path is about 24 long."""
-STRIDE = 0.3
+STRIDE = 0.6
+MEMBERS = 3
 LEAN = 1.5
 """Logit of what a start leans to."""
 MOVED = 1e-3
@@ -28,9 +30,12 @@ class Flow(msgspec.Struct, frozen=True, kw_only=True):
     hacked: bool
 
 
-def flows(lab: Lab) -> tuple[Flow, ...]:
-    """From the uniform policy, from ones that lean to each action, and from one that is nearly right."""
+def flows(composition: Composition) -> tuple[Flow, ...]:
+    """From the uniform policy, from ones that lean to each action, and from one that is nearly right, in "tool". In
+    pairs where what a step teaches depends on the policy, so that each has to be pushed through the pipeline anew."""
+    lab = Lab(composition, TOOL, members=MEMBERS)
     steady = _steady(lab)
+    lab = lab if steady is not None else Lab(composition, TOOL, members=2)
     return tuple(_flow(lab, name, theta, steady) for name, theta in _starts(lab.mdp).items())
 
 

@@ -33,7 +33,7 @@ from agentgym_trainers.strategies import Sample, Table
 from agentgym_trainers.strategies.declare import Contrastive, DynamicFilter, Plain, Strategy
 
 Group = tuple[int, ...]
-"""Paths of the members."""
+"""Paths of the members; ~p for a member that played path p and is taken away before admission."""
 Step = tuple[Group, ...]
 
 
@@ -67,6 +67,7 @@ class Pipeline:
         self.terms = tuple(smallest(term) for term in composition.advantage)
         self.informed = any(t.centre == "given" or t.credit == "gae" for t in self.terms)
         self._cache: dict[Step, Laid | None] = {}
+        self._known: dict[tuple[int, str, int], Sample] = {}
 
     def _composer(self) -> Composer:
         """The composition's reward where this world pays what it reads, else the world's own, and a note."""
@@ -81,6 +82,11 @@ class Pipeline:
             self.note = f"the reward in {self.mdp.name!r}, which is the world's own: {error}"
             return self.mdp.composer
         return found
+
+    @property
+    def varied(self) -> bool:
+        """Whether any outcome pays more than another: without that there is no gradient of a return."""
+        return bool(np.ptp(self.returns[[not path.failed for path in self.mdp.paths]]) > 0)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -98,10 +104,14 @@ class Pipeline:
     def values(self, intended: Real) -> Real:
         """The expected composed reward from each state on [S], the paths being as likely as `intended` [P]."""
         owed, seen = np.zeros((2, len(self.mdp.states)))
+        gamma = next((term.gamma for term in self.terms if term.credit == "gae"), 1.0)
         for path, chance in zip(self.mdp.paths, intended, strict=True):
             if not path.failed:
                 record = self.mdp.record(path)
-                ahead = np.cumsum(by_turn(self._composed(record), record)[::-1])[::-1]
+                later = np.arange(len(path.decisions))
+                ahead = np.triu(gamma ** np.maximum(later - later[:, None], 0)) @ by_turn(
+                    self._composed(record), record
+                )
                 states = [state for state, _ in path.decisions]
                 np.add.at(owed, states, chance * ahead)
                 np.add.at(seen, states, chance)
@@ -162,25 +172,34 @@ class Pipeline:
         async def play(found: Sequence[Episode], policy: Policy | None) -> list[Sample]:
             return [self._sample(step, episode, facts) for episode in found]
 
-        size = max(map(len, step))
+        size = len(step[0])
         strategy = strategies.make(smaller(self.composition.strategy, size), environment(self.mdp), group_size=size)
         firsts = [Episode(task=self.mdp.task(self._prompt(g)), group=f"{slot}") for slot, g in enumerate(step)]
         groups = _driven(strategy.play(Table(iter(firsts), play, deals=len(step))))
-        return [[s for s in group if s.trajectory.episode.member < len(step[i])] for i, group in enumerate(groups)]
+        return [[s for s in group if _there(step, s.trajectory.episode)] for group in groups]
 
     def _prompt(self, group: Group) -> int:
-        return self.mdp.paths[group[0]].prompt if group else 0
+        return self.mdp.paths[_path(group[0])].prompt
 
     def _sample(self, step: Step, episode: Episode, facts: Facts) -> Sample:
         group, member = step[int(episode.group)], episode.member
         prompt = self._prompt(group)
         greedy = episode.guidance is not None and episode.guidance.sampling is not None
-        path = self.mdp.paths[facts.greedy[prompt] if greedy else group[min(member, len(group) - 1)]]
-        found = self.mdp.record(path, group=episode.group, member=member)
-        halves = {name: self.classes[member % len(self.classes)] for t in self.terms for name in _labels(t)}
+        found = self._record(int(facts.greedy[prompt]) if greedy else _path(group[member]), episode)
         given = {t.given: facts.expected[prompt] for t in self.terms if t.centre == "given"}
-        record = found.replace(labels=found.labels | episode.labels | halves, metrics=found.metrics | given)
-        return Sample(record, None if path.failed else self._composed(record))
+        told = found.trajectory
+        return found._replace(trajectory=told.replace(metrics=told.metrics | given)) if given else found
+
+    def _record(self, path: int, episode: Episode) -> Sample:
+        """The path as this episode, with the labels that the terms read."""
+        key = (path, episode.group, episode.member)
+        if key not in self._known:
+            found = self.mdp.record(self.mdp.paths[path], group=episode.group, member=episode.member)
+            own = self.classes[episode.member % len(self.classes)]
+            halves = {name: own for term in self.terms for name in _labels(term)}
+            record = found.replace(labels=found.labels | episode.labels | halves)
+            self._known[key] = Sample(record, None if record.status == "failed" else self._composed(record))
+        return self._known[key]
 
     def _admitted(self, played: list[list[Sample]]) -> list[Sample]:
         """What is learnt from: what the buffer admits, or the composition's own `admit`."""
@@ -209,6 +228,14 @@ class Pipeline:
 
 def _loss(objective: Any, tokens: Tokens, total: Any) -> Tensor:
     return compute.loss(objective, tokens, total)[0]
+
+
+def _path(member: int) -> int:
+    return member if member >= 0 else ~member
+
+
+def _there(step: Step, episode: Episode) -> bool:
+    return step[int(episode.group)][episode.member] >= 0
 
 
 Found = TypeVar("Found")
@@ -270,7 +297,7 @@ def smaller(declared: Strategy, size: int) -> Strategy:
     """The strategy for a group of this size; plain where the world cannot give what it needs, or where the listing
     of steps does its work."""
     if isinstance(declared, Contrastive):
-        return Contrastive(sample=size, keep=min(2, size), statistics=declared.statistics)
+        return Contrastive(sample=size, keep=2, statistics=declared.statistics)
     return Plain() if isinstance(declared, HINTED | DynamicFilter) else declared
 
 
