@@ -56,8 +56,8 @@ class States(NamedTuple):
 
 
 class Critic:
-    """V = w x + b with x = h / (|h| sqrt(H)), zero before the first update. What comes after an episode is worth 0, also
-    where it was cut off."""
+    """V = w x + b with x = h / (|h| sqrt(H)), zero before the first update. What comes after an episode is worth 0,
+    also where it was cut off."""
 
     def __init__(self, trainable: Trainable, config: CriticConfig, *, micro_tokens: int) -> None:
         self.trainable, self.config, self.micro_tokens = trainable, config, micro_tokens

@@ -19,6 +19,8 @@ from agentgym import registry
 from agentgym.errors import ConfigError
 from agentgym.modeling.build import check_folder
 from agentgym_trainers.config import Config
+from agentgym_trainers.objective.declare import Perception
+from agentgym_trainers.reinforce import needs_initial
 
 BASE = 0.6e9
 """Bytes of the process with torch and transformers imported, and an environment."""
@@ -65,16 +67,20 @@ def plan(config: Config) -> Plan:
 def _shape(config: Config) -> dict[str, float]:
     m = config.model
     if m.path:
-        found: Any = AutoConfig.from_pretrained(check_folder(Path(m.path)), local_files_only=True).get_text_config()
-        with torch.device("meta"):
-            count = sum(p.numel() for p in AutoModelForCausalLM.from_config(found).parameters())
-        heads = getattr(found, "num_key_value_heads", None) or found.num_attention_heads
-        size = getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads
-        return _named(count, found.hidden_size, found.num_hidden_layers, heads * size, found.vocab_size)
+        return _read_shape(m.path)
     words = m.vocabulary if m.tokenizer == "bpe" else _words(config)
     kv = m.hidden // m.heads * m.kv_heads
     layer = 2 * m.hidden * m.hidden + 2 * m.hidden * kv + 9 * m.hidden * m.hidden + 2 * m.hidden
     return _named(words * m.hidden + m.layers * layer + m.hidden, m.hidden, m.layers, kv, words)
+
+
+def _read_shape(path: str) -> dict[str, float]:
+    found: Any = AutoConfig.from_pretrained(check_folder(Path(path)), local_files_only=True).get_text_config()
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(found).parameters())
+    heads = getattr(found, "num_key_value_heads", None) or found.num_attention_heads
+    size = getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads
+    return _named(count, found.hidden_size, found.num_hidden_layers, heads * size, found.vocab_size)
 
 
 def _named(count: float, hidden: float, layers: float, kv: float, vocabulary: float) -> dict[str, float]:
@@ -93,17 +99,20 @@ def _memory(config: Config, shape: dict[str, float]) -> dict[str, float]:
     size = 4 if config.model.dtype == "float32" else 2
     count, r = shape["parameters"], config.rollout
     rows = max(o.micro_tokens for o in (config.optim, config.sft.optim))
+    passes = 2 if config.objective.find(Perception) else 1
     found = {
         "process": BASE,
         "weights": size * count,
         "gradients": size * count,
         "optimiser": (8 if size == 4 else 16) * count,
         "cache": 2 * size * r.slots * (r.max_length or 1024) * shape["layers"] * shape["kv"],
-        "activations": size * rows * shape["hidden"] * shape["layers"] * 24,
+        "activations": size * rows * shape["hidden"] * shape["layers"] * 24 * passes,
         "logits": 4 * min(rows, 1024) * shape["vocabulary"] * 3,
     }
-    if config.objective.needs_reference:
+    if needs_initial(config):
         found["reference"] = size * count
+    if config.model.teacher:
+        found["teacher"] = size * _read_shape(config.model.teacher)["parameters"]
     return found
 
 

@@ -10,7 +10,7 @@ Playing and learning are two halves with the buffer between them; `state` and `r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,16 @@ CRITIC = "critic."
 Values = list[NDArray[np.float64]]
 
 
+def needs_initial(config: Config, derived: Collection[str] = ()) -> bool:
+    """Whether the policy as it was before reinforcement takes part; `derived` are the terms that the reward reads."""
+    reads = {"policy_gradient": config.objective.needs_reference, "preference": config.preference.needs_reference}
+    return (
+        reads.get(config.run.algorithm, config.run.algorithm == "best_of_n")
+        or strategies.needs_reference(config.strategy)
+        or "policy.kl" in derived
+    )
+
+
 class Reinforcement:
     """One reinforcement phase under way. `initial` gives the policy as it was before it, frozen; asked only where
     somebody needs it: a KL, a pair loss, the reward, best-of-n or the strategy. `counts` go on from there: what was not
@@ -55,7 +65,7 @@ class Reinforcement:
         declared = config.reward or env.reward
         self.multipliers = Dual(declared)
         self.derived = composer(declared).derived
-        self.initial: Any = initial() if self._needs_initial() else None
+        self.initial: Any = initial() if needs_initial(config, self.derived) else None
         frozen = config.run.algorithm == "best_of_n"
         waits = frozen or strategies.needs_reference(config.strategy)
         self.before = language.engine(config, self.initial, model.renderer) if waits else None
@@ -67,15 +77,6 @@ class Reinforcement:
         self.learner = self._learner()
         self.critic = Critic(model, config.critic, micro_tokens=config.optim.micro_tokens) if config.gae else None
         self.credit = AdvantageState()
-
-    def _needs_initial(self) -> bool:
-        config = self.config
-        reads = {"policy_gradient": config.objective.needs_reference, "preference": config.preference.needs_reference}
-        return (
-            reads.get(config.run.algorithm, config.run.algorithm == "best_of_n")
-            or strategies.needs_reference(config.strategy)
-            or "policy.kl" in self.derived
-        )
 
     def _learner(self) -> Learner | PairLearner:
         config, run, optim = self.config, self.config.run, self.config.optim
