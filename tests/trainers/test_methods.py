@@ -217,6 +217,16 @@ def test_a_file_of_your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "clip (low 0.1, high 0.3, dual 0, adaptive none)" in " ".join(out.split())
 
 
+@pytest.mark.parametrize(("name", "code"), [("turn-baseline", 0), ("grpo", 1), ("dpo", 0)])
+def test_certify(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """0: clean, or nothing that could be measured; 1: it walks into a trap."""
+    found, out, _ = answer(capsys, "objectives", "certify", name, "--json")
+    assert found == code
+    caught = [verdict["trap"] for verdict in json.loads(out)["verdicts"] if verdict["status"] == "caught"]
+    assert bool(caught) == bool(code)
+    assert answer(capsys, "objectives", "certify", name + "x")[0] == 2
+
+
 def test_the_page_is_up_to_date() -> None:
     page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
     assert markdown() in page, "write the output of `agentgym objectives --markdown` into docs/objectives.md"
