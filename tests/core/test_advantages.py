@@ -19,7 +19,7 @@ from making import samples, trajectory
 
 from agentgym.advantages import Best, PassAtK, RankNormal, Risk, Term, advantages, to_tokens
 from agentgym.errors import ConfigError, RecordError, UnknownName
-from agentgym.rewards import Composed
+from agentgym.rewards import Composed, composer, derived
 from agentgym.types import RewardTerm, Trajectory
 
 
@@ -422,6 +422,16 @@ def test_empty_steps_failures_and_episodes_without_turns_are_defined(term: Term)
     one = trajectory([{"r": 1.0}], anchors=["s"])
     (value,) = advantages(samples([one]), [term], values=[np.zeros(1)])[0].tolist()
     assert math.isfinite(value)
+
+
+def test_terms_the_trainer_worked_out_are_read_by_name_only() -> None:
+    played = trajectory([{"r": 1.0}, {}], tokens=[3, 4])
+    lengths = derived(played)
+    composed = composer("sum").trajectory(played, lengths)
+    raw = Term(key="none", centre="none", scale="none", credit="turn")
+    assert advantages([(played, composed)], [raw.replace(component="policy.tokens")])[0].tolist() == [3, 4]
+    apart = Term(key=("prompt", "component"), scale="none", singleton="keep")
+    assert advantages([(played, composed)], [apart])[0].tolist() == [1, 1]
 
 
 def test_shares_and_turns_of_reward_terms_must_fit() -> None:
