@@ -288,5 +288,5 @@ def test_groups_without_signal_dropped_or_refilled() -> None:
     without a baseline an all-equal group had a signal."""
     rloo, reinforce = UNBIASED["rloo"]["advantage"], UNBIASED["reinforce"]["advantage"]
     assert alone(rloo, SCALES, strategy={"kind": "dynamic_filter"}) < 1e-9
-    assert 1e-3 < alone(rloo, SCALES, rollout={"drop_equal": True}) < 0.05
+    assert 1e-5 < alone(rloo, SCALES, rollout={"drop_equal": True}) < 0.05
     assert alone(reinforce, SCALES, rollout={"drop_equal": True}) > 0.1

@@ -92,7 +92,7 @@ async def test_the_runner_records_what_the_list_says(mdp: MDP) -> None:
 async def test_an_environment_that_breaks_is_a_failure_and_not_a_return() -> None:
     theta = np.zeros(FAULTY.legal.shape)
     theta[:, FAULTY.actions.index("risky")] = 30.0
-    runner = Runner(environment(FAULTY), Model(FAULTY, theta).policy, retries=0)
+    runner = Runner(environment(FAULTY), Model(FAULTY, theta).engine, retries=0)
     found = await runner.collect(episodes(tasks(FAULTY, 200)))
     failed = [t for t in found if t.status == "failed"]
     assert 60 < len(failed) < 140
@@ -110,7 +110,7 @@ async def test_a_reply_that_is_no_action_is_an_outcome() -> None:
 async def test_the_tabular_policy_samples_its_table() -> None:
     theta = somewhere(SCALES)
     model = Model(SCALES, theta)
-    found = await Runner(environment(SCALES), model.policy).collect(episodes(tasks(SCALES, 2000)))
+    found = await Runner(environment(SCALES), model.engine).collect(episodes(tasks(SCALES, 2000)))
     seen = Counter((t.labels["prompt"], t.turns[0].action.text) for t in found)
     policy = np.exp(log_policy(theta, SCALES.legal))
     for s, state in enumerate(SCALES.states):
@@ -124,7 +124,7 @@ async def test_the_tabular_policy_samples_its_table() -> None:
 
 async def test_at_temperature_zero_the_best_action_is_taken() -> None:
     theta = somewhere(SCALES, 3)
-    runner = Runner(environment(SCALES), Model(SCALES, theta).policy, sampling=Sampling(temperature=0.0))
+    runner = Runner(environment(SCALES), Model(SCALES, theta).engine, sampling=Sampling(temperature=0.0))
     found = await runner.collect(episodes(tasks(SCALES, 8)))
     best = {word: SCALES.actions[theta[s].argmax()] for s, word in enumerate(SCALES.states)}
     assert all(t.turns[0].action.text == best[t.labels["prompt"]] for t in found)
@@ -160,7 +160,7 @@ def test_hidden_states_of_a_layer_are_those_below_it() -> None:
     final, states = model.bigram.base_model(torch.tensor([[0, 1]]), output_hidden_states=True)
     assert len(states) == 3
     assert torch.equal(final, states[-1])
-    assert torch.equal(states[1][0, 0, 3:], torch.zeros(2))  # the first table is empty
+    assert torch.equal(states[1][0, 0, 3:5], torch.zeros(2))  # the first table is empty
     assert not torch.equal(final, states[1])
 
 
@@ -201,7 +201,7 @@ def test_sampled_updates_average_to_the_listed_expectation() -> None:
     expected = Lab(composition, STOPPING, members=4).estimate(theta)
     model = Model(STOPPING, theta)
     asyncio.run(model.publish(WeightsVersion(number=0)))
-    found = Runner(environment(STOPPING), model.policy).run_sync(episodes(tasks(STOPPING, 400), 4))
+    found = Runner(environment(STOPPING), model.engine).run_sync(episodes(tasks(STOPPING, 400), 4))
     groups = [found[i : i + 4] for i in range(0, len(found), 4)]
     steps = []
     for group in groups:

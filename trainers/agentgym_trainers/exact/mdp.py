@@ -384,4 +384,17 @@ STALE = MDP(
     prompts=("now",),
     moves={"now": {"low": Move(pay={TRUTH: 0.0}), "middle": Move(pay={TRUTH: 0.6}), "high": Move(pay={TRUTH: 1.0})}},
 )
+LESSON = MDP(
+    name="lesson",
+    about="Two tasks of different scale, to be learnt: asking once is right for one, twice for the other.",
+    prompts=("small", "large"),
+    moves={
+        "small": {"answer": Move(pay={TRUTH: 0.05}), "ask": Move("told")},
+        "told": {"answer": Move(pay={TRUTH: 0.1}), "ask": Move(pay={TRUTH: 0.0})},
+        "large": {"answer": Move(pay={TRUTH: 0.4}), "ask": Move("hint")},
+        "hint": {"answer": Move(pay={TRUTH: 0.3}), "ask": Move("clear")},
+        "clear": {"answer": Move(pay={TRUTH: 1.0}), "ask": Move(pay={TRUTH: 0.0})},
+    },
+)
+"""Not one to certify in: what docs/results/objectives.md trains on."""
 WORLDS = {mdp.name: mdp for mdp in (STOPPING, SCALES, TOOL, FAULTY, STALE)}
