@@ -1,6 +1,7 @@
 """`agentgym train`. A trainer is found by name in the catalogue; the core imports none.
 
-What it must have: `resolve(table)` to a checked config with `.table()`; `plan(config)`; and `train(config, out,
+What it must have: `resolve(table, overrides)`, a preset's table and `a.b=value` laid over it, to a checked config with
+`.table()`; `plan(config)`; and `train(config, out,
 resume=..., progress=...)`, which calls `progress(phase, done, total, figures)` and returns a record with `before`,
 `after` and `ladder`, evaluations as `agentgym.evaluation` makes them.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,18 @@ def run_train(options: Namespace) -> int:
         return _resume(options)
     if not options.preset:
         raise ConfigError("train needs a preset (see `agentgym list`), a TOML file, or --resume DIR")
-    settings = presets.merge(presets.read_preset(options.preset), presets.parse_settings(options.settings))
-    trainer = registry.load(settings.pop("trainer", DEFAULT), "trainers")
-    config = trainer.resolve(settings)
+    trainer, config = _resolved(presets.read_preset(options.preset), options.settings or [])
     if options.dry_run:
         return _dry_run(config, trainer.plan(config), options.json)
     folder = Path(options.out) if options.out else free_folder(Path("runs"), Path(options.preset).stem)
     return _train(trainer, config, folder, options.json)
+
+
+def _resolved(preset: presets.Table, settings: Sequence[str]) -> tuple[Any, Any]:
+    """The trainer that the settings or the preset name, and its config; how layers combine is the trainer's affair."""
+    named = presets.parse_settings(settings).get("trainer", preset.pop("trainer", DEFAULT))
+    trainer = registry.load(named, "trainers")
+    return trainer, trainer.resolve(preset, [s for s in settings if s.partition("=")[0].strip() != "trainer"])
 
 
 def _resume(options: Namespace) -> int:

@@ -410,8 +410,8 @@ class Small:
     """A trainer as outsiders may write one: it judges two policies and learns nothing."""
 
     @staticmethod
-    def resolve(table: dict[str, Any]) -> Config:
-        return msgspec.convert(table, Config)
+    def resolve(table: dict[str, Any], overrides: list[str]) -> Config:
+        return msgspec.convert(presets.merge(table, presets.parse_settings(overrides)), Config)
 
     @staticmethod
     def plan(config: Config) -> Plan:
@@ -493,3 +493,11 @@ def test_resume_takes_nothing_else(agentgym: Run, preset: str) -> None:
 
 def test_an_unknown_trainer_names_the_nearest(agentgym: Run, preset: str) -> None:
     refused(agentgym("train", preset, "--set", "trainer=policy-gradeint"), "did you mean 'policy-gradient'?")
+
+
+def test_a_method_set_on_the_command_line_replaces_the_presets_credit(agentgym: Run) -> None:
+    """Layers reach the trainer apart: merged beforehand, the preset's own advantages would lie over the method's."""
+    settings = ("--set", "method=gspo", "--set", "reward=environment", "--dry-run", "--json")
+    config = json.loads(agentgym("train", "shopping/laptop", *settings)[1])["config"]
+    assert config["objective"]["ratio"]["kind"] == "sequence"
+    assert [term["key"] for term in config["advantage"]] == ["prompt"]
