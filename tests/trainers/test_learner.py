@@ -11,6 +11,7 @@ from learning import CREDIT, EPISODES, REWARDS, Bare, weights
 
 from agentgym.collate import collate
 from agentgym.errors import ConfigError, ModelError, RecordError
+from agentgym.modeling.logprobs import token_logprobs
 from agentgym.types import Batch
 from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.objective import declare
@@ -126,6 +127,47 @@ def test_half_precision_moves_by_steps_below_its_rounding() -> None:
     again = Learner(half, IMITATION, Optim(), total_steps=60)
     again.restore(tensors, plain)
     assert all(torch.equal(a, b) for a, b in zip(again.masters, learner.masters, strict=True))
+
+
+def test_half_precision_forgets_the_gradient_of_the_step_before() -> None:
+    half = Bare(dtype=torch.bfloat16)
+    learner = Learner(half, IMITATION, Optim(lr=1e-9, warmup=0, clip=0.0), total_steps=60)
+    ones = [np.ones(len(t.turns)) for t in EPISODES]
+    first, *_, last = (learner.update(EPISODES, ones)["grad_norm"] for _ in range(4))
+    assert last == pytest.approx(first, rel=1e-3)
+
+
+def test_without_a_trained_token_nothing_moves() -> None:
+    """12.14: empty micro-batches beside others change nothing, and alone they are no step."""
+    (batch,) = collate(EPISODES, CREDIT, max_tokens=10_000)
+    held = {name: getattr(batch, name) for name in Batch.__struct_fields__}
+    empty = Batch(**{**held, "mask": np.zeros_like(batch.mask)})
+    learner, beside = (Learner(Bare(), Objective(), Optim(), total_steps=1) for _ in range(2))
+    start = weights(learner).clone()
+    assert learner.step([empty]) == {}
+    assert learner.update([], []) == {}
+    assert torch.equal(weights(learner), start)
+    assert learner.steps == 0
+    assert learner.step([batch]) == beside.step([empty, batch])
+
+
+def test_an_objective_that_reads_rewards_says_so() -> None:
+    objective = Objective(regularisers=(declare.Sft(),))
+    with pytest.raises(RecordError, match=r"Tokens\.reward"):
+        Learner(Bare(), objective, Optim(), total_steps=1).update(EPISODES, CREDIT)
+
+
+def test_log_ratios_are_summed_by_turn() -> None:
+    """Whatever the cut; zero against the policy itself."""
+    learner, other = Learner(Bare(), Objective(), Optim(micro_tokens=24), total_steps=1), Bare(3).module()
+    found = learner.log_ratios(EPISODES, other)
+    assert [len(x) for x in found] == [len(t.turns) for t in EPISODES]
+    (batch,) = collate(EPISODES[4:5], CREDIT[4:5], max_tokens=10_000)
+    gap = (token_logprobs(learner.trainable.module(), batch)[0] - token_logprobs(other, batch)[0]).detach()
+    for turn, value in enumerate(found[4]):
+        mine = torch.from_numpy((batch.turns == turn) & (batch.mask > 0))
+        assert value == pytest.approx(float(gap[mine].sum()), abs=1e-5)
+    assert all(abs(x).max() < 1e-9 for x in learner.log_ratios(EPISODES, learner.trainable.module()))
 
 
 def test_proximal_policy_stays_fixed_over_epochs() -> None:

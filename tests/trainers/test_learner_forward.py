@@ -27,6 +27,7 @@ from agentgym_trainers.objective.declare import (
     Layer,
     Objective,
     Perception,
+    Truncate,
 )
 
 (BATCH,) = collate(EPISODES, CREDIT, max_tokens=10_000, rewards=REWARDS)
@@ -78,6 +79,11 @@ def test_a_source_switches_to_the_last_layer_after_its_steps() -> None:
     after = list(learner.trainable.module().model.layers[1].parameters())  # type: ignore
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert abs(learner.update(EPISODES, CREDIT)["ratio"] - 1.0) > 1e-3
+
+
+def test_a_layer_is_not_compared_with_the_sampler() -> None:
+    with pytest.raises(ConfigError, match="last layer"):
+        Objective(source=Layer(layer=1), proximal="learner", behaviour=(Truncate(),))
 
 
 # --- masked observations ----------------------------------------------------------------------------------------

@@ -253,6 +253,14 @@ def _controllers(o: Any) -> None:
             raise ConfigError(f"a dual controller has lr and max above 0; got {c}")
 
 
+def _layer(o: Any) -> None:
+    if o.source.kind == "layer" and o.behaviour:
+        raise ConfigError(
+            f"behaviour = {o.behaviour[0].kind!r} weighs by the policy over the sampler, whose log-probs are of the "
+            "last layer, and source = 'layer' reads another one; drop the correction"
+        )
+
+
 _TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -276,5 +284,6 @@ _RULES = (
     _regularisers,
     _contrast,
     _controllers,
+    _layer,
     _targets,
 )
