@@ -13,6 +13,7 @@ import ranked
 import torch
 
 RANKED = Path(ranked.__file__)
+pytestmark = [pytest.mark.slow, pytest.mark.network]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.slow
-@pytest.mark.network
 @pytest.mark.parametrize("name", ranked.CASES)
 def test_two_ranks_are_one_process(both: list[dict[str, Any]], name: str) -> None:
     """12.12, 12.13: weights, figures and controllers, and the same on both ranks bit by bit."""
