@@ -14,6 +14,9 @@ from agentgym.cli.output import emit, err, out, table
 OWN_FAMILY = ("preference", "candidates", "optim")
 """Sections that are only shown where a method sets them."""
 
+WIDE = 120
+"""Columns from which the list says how methods differ; `show` says it always."""
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of the subcommand; see `agentgym.cli.arguments`."""
@@ -38,12 +41,14 @@ def run_list(options: argparse.Namespace) -> None:
     found = rows()
     if options.json:
         return emit({"objectives": found})
-    lines = [
-        (row["name"], row["badge"], row["paper"], row["title"], "; ".join(f"{k}: {v}" for k, v in row["axes"].items()))
-        for row in found
-    ]
     columns = ("name", "badge", "paper", "what", "differs from the defaults in")
-    return out().print(table("", columns, lines), markup=False)
+    shown = len(columns) if out().width >= WIDE else len(columns) - 1
+    return out().print(table("", columns[:shown], [_line(row)[:shown] for row in found]), markup=False)
+
+
+def _line(row: dict[str, Any]) -> tuple[str, ...]:
+    unlike = "; ".join(f"{axis}: {choice}" for axis, choice in row["axes"].items())
+    return row["name"], row["badge"], row["paper"], row["title"], unlike
 
 
 def run_show(options: argparse.Namespace) -> None:
