@@ -354,19 +354,21 @@ KINDS: dict[str, Callable[..., Judge]] = {
 
 
 def declared(tables: Iterable[Mapping[str, Any]]) -> Mixture:
-    """Judges from tables, as a TOML file's [[judge]] holds them: `kind`, and what that kind takes. `where` (label =
+    """Judges from tables, as a TOML file's [[judge]] holds them: `kind`, and what that kind takes. `tasks` (label =
     value) keeps a judge to the tasks with those labels."""
     judges: dict[str, Judge] = {}
-    where: dict[str, Mapping[str, str]] = {}
+    tasks: dict[str, Mapping[str, str]] = {}
     for number, table in enumerate(tables):
-        options = {key: value for key, value in table.items() if key not in ("kind", "where")}
+        options = {key: value for key, value in table.items() if key not in ("kind", "tasks")}
         name = str(table.get("name", number))
         if name in judges:
             raise ConfigError(f"two judges are called {name!r}")
-        judges[name], where[name] = _made(str(table.get("kind")), options), table.get("where", {})
+        judges[name], tasks[name] = _made(str(table.get("kind")), options), table.get("tasks", {})
+        if not isinstance(tasks[name], Mapping):
+            raise ConfigError(f"judge {name!r}: write tasks = {{label = value}}; got {tasks[name]!r}")
 
     def per_task(task: Task) -> list[str]:
-        return [n for n, wanted in where.items() if all(task.labels.get(k) == v for k, v in wanted.items())]
+        return [n for n, wanted in tasks.items() if all(task.labels.get(k) == v for k, v in wanted.items())]
 
     return Mixture(judges, per_task)
 
@@ -376,6 +378,6 @@ def _made(kind: str, options: Mapping[str, Any]) -> Judge:
         raise unknown("kind of judge", kind, KINDS)
     try:
         inspect.signature(KINDS[kind]).bind(**options)
+        return KINDS[kind](**options)
     except TypeError as error:
         raise ConfigError(f"judge of kind {kind!r}: {error}") from error
-    return KINDS[kind](**options)

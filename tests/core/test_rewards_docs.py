@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agentgym.rewards import composer
 from agentgym.rewards.composites import COMPOSITES
-from agentgym.rewards.judges import KINDS
+from agentgym.rewards.judges import KINDS, declared
 from agentgym.rewards.ops import OPS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
@@ -23,8 +23,11 @@ def test_the_python_runs_in_one_go() -> None:
 
 
 def test_the_toml_composes() -> None:
-    made = [composer(tomllib.loads(block)["reward"]).names for block in found("toml")]
-    assert made == [("rm.0", "rm.1", "rm.2"), ("sold", "careful.violated")]
+    tables = [tomllib.loads(block) for block in found("toml")]
+    rewards = [{**t["reward"], **({"then": {"op": "sum"}} if "judge" in t else {})} for t in tables]
+    names = [composer(reward).names for reward in rewards]
+    assert names == [("rm.0", "rm.1", "rm.2"), ("polite",), ("sold", "careful.violated")]
+    assert [list(declared(t.get("judge", ())).judges) for t in tables] == [[], ["polite"], []]
 
 
 def test_every_operation_composite_and_kind_of_judge_is_named() -> None:

@@ -303,7 +303,7 @@ kind = "answer"
 name = "right"
 pattern = "=(\\d+)"
 label = "gold"
-where = {domain = "sums"}
+tasks = {domain = "sums"}
 
 [[judge]]
 kind = "monitor"

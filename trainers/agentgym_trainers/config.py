@@ -22,7 +22,7 @@ from agentgym.advantages import Term
 from agentgym.env import Environment
 from agentgym.errors import AgentGymError, ConfigError, unknown
 from agentgym.presets import Table, merge, parse_settings, read_preset, read_toml
-from agentgym.rewards import check_gamma, composer
+from agentgym.rewards import check_gamma, composer, judges
 from agentgym.rollout import Limits
 from agentgym.types import Sampling
 from agentgym_trainers import methods
@@ -137,7 +137,8 @@ class EvalConfig(Struct, frozen=True, kw_only=True):
 
 class Config(Struct, frozen=True, kw_only=True):
     """A run. `env` holds an `id` and the environment's own settings; `reward` a composer declaration, empty for the
-    environment's own ("environment" inside it stands for that); `advantage` the summed terms; `whiten` as in
+    environment's own ("environment" inside it stands for that); `judge` the judges that add terms to a finished
+    trajectory before its reward is composed (`rewards.judges`); `advantage` the summed terms; `whiten` as in
     `advantages.advantages`. `method` names the method of the catalogue (or the TOML file) whose sections `resolve` laid
     under the run's own; `critic` is at work where an advantage has credit "gae", `preference` where run.algorithm says
     so.
@@ -152,6 +153,7 @@ class Config(Struct, frozen=True, kw_only=True):
     rollout: RolloutConfig = RolloutConfig()
     sampling: Sampling = Sampling(max_tokens=32)
     strategy: Strategy = Plain()
+    judge: tuple[dict[str, Any], ...] = ()
     reward: dict[str, Any] = msgspec.field(default_factory=dict)
     advantage: tuple[Term, ...] = (Term(),)
     whiten: Literal["none", "trajectories", "turns", "tokens"] = "none"
@@ -194,7 +196,8 @@ AXES = ("strategy", "advantage", "whiten", "objective", "preference")
 
 
 def _lay_method(table: Table, name: str) -> None:
-    """The method in place of what stands on its axes; its reward and optimiser settings over those that are there."""
+    """The method in place of what stands on its axes; its reward and judges, if it has any, in place of those that are
+    there; its optimiser settings over them."""
     method = methods.load(name).table
     for axis in AXES:
         table.pop(axis, None)
@@ -283,6 +286,7 @@ def _check(config: Config) -> None:
             "demonstrations bring no log-probs of a sampler, no reference and no teacher: set sft.objective.proximal "
             "to 'learner', and drop behaviour corrections, KL and distillation"
         )
+    judges.declared(config.judge)
     if config.reward:
         composer(config.reward)
     for term in config.advantage:

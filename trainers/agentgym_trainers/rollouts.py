@@ -15,7 +15,7 @@ from typing import Any
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, Fault
 from agentgym.policy import Policy
-from agentgym.rewards import Composer, composer
+from agentgym.rewards import Composer, composer, judges
 from agentgym.rollout import Runner, episodes
 from agentgym.seeding import key
 from agentgym.types import Episode, RewardTerm, Task, Trajectory
@@ -62,7 +62,7 @@ class Rollouts:
     """Plays the tasks of one update after the other with the current policy, as the run's strategy says.
 
     reference  the policy before reinforcement, where the strategy needs it (`strategies.needs_reference`)
-    annotate   gives trajectories the derived terms that their reward reads
+    annotate   gives judged trajectories the derived terms that their reward reads
     aside      what the last update played and did not hand over: rejected, probing and reference episodes
     """
 
@@ -82,6 +82,7 @@ class Rollouts:
         self.config, self.env, self.policy, self.reference, self.annotate = config, env, policy, reference, annotate
         self.cursor = TaskCursor(env, config.run.seed)
         self.composer: Composer = composer(config.reward or env.reward)
+        self.judge = judges.declared(config.judge)
         self.strategy = strategies.make(
             config.strategy, env, group_size=config.rollout.group_size, sampling=config.sampling
         )
@@ -113,7 +114,9 @@ class Rollouts:
         return episodes(tasks, seed=key(self.config.run.seed, "rl", step) >> 33)
 
     async def _play(self, found: Sequence[Episode], policy: Policy | None) -> list[Sample]:
-        played = await self._runner(policy or self.policy).collect(found)
+        r = self.config.rollout
+        collected = await self._runner(policy or self.policy).collect(found)
+        played = await judges.judged(self.judge, collected, concurrency=r.concurrency, retries=r.retries)
         good = [t for t in played if t.status != "failed"]
         extras = self.annotate(good) if self.annotate else [()] * len(good)
         rewards = {t.episode.id: self.composer.trajectory(t, extra=x) for t, x in zip(good, extras, strict=True)}

@@ -19,6 +19,7 @@ from agentgym import registry
 from agentgym.advantages import Term
 from agentgym.errors import ConfigError, unknown
 from agentgym.presets import Table, read_toml
+from agentgym.rewards import judges
 from agentgym_trainers.objective.declare import Objective, Struct
 from agentgym_trainers.preference.declare import Preference
 from agentgym_trainers.strategies.declare import Plain, Strategy
@@ -59,6 +60,7 @@ class Method(Struct, frozen=True, kw_only=True):
 class Declaration(Struct, frozen=True, kw_only=True):
     """The sections of a method, checked; those that it does not set have a run's defaults."""
 
+    judge: tuple[dict[str, Any], ...] = ()
     reward: dict[str, Any] = msgspec.field(default_factory=dict)
     strategy: Strategy = Plain()
     advantage: tuple[Term, ...] = (Term(),)
@@ -67,6 +69,9 @@ class Declaration(Struct, frozen=True, kw_only=True):
     preference: Preference | None = None
     candidates: dict[str, float] = msgspec.field(default_factory=dict)
     optim: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        judges.declared(self.judge)
 
 
 def names() -> tuple[str, ...]:

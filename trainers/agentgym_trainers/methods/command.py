@@ -11,7 +11,7 @@ import tomli_w
 from agentgym.cli import NO, OK
 from agentgym.cli.output import emit, err, out, table
 
-OWN_FAMILY = ("preference", "candidates", "optim")
+OWN_FAMILY = ("judge", "preference", "candidates", "optim")
 """Sections that are only shown where a method sets them."""
 
 WIDE = 120
