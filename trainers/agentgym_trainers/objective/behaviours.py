@@ -15,7 +15,7 @@ from torch import Tensor
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.custom import call
 from agentgym_trainers.objective.regularisers import KLS
-from agentgym_trainers.objective.tokens import CLAMP, Tokens, greatest, per_sequence
+from agentgym_trainers.objective.tokens import CLAMP, Tokens, greatest, per_sequence, per_token
 
 
 def weights(declared: Sequence[Any], t: Tokens) -> Tensor:
@@ -35,7 +35,7 @@ def pooled(level: str, t: Tokens) -> Tensor:
     """w [M] per token, or one figure a sequence: the geometric mean or product of its tokens'."""
     log = gap(t)
     if level != "token":
-        log = per_sequence(log, t, mean=level == "geometric")[t.sequence]
+        log = per_token(per_sequence(log, t, mean=level == "geometric"), t)
     return log.clamp(-CLAMP, CLAMP).exp()
 
 
@@ -45,7 +45,7 @@ def _truncate(b: declare.Truncate, t: Tokens, before: Tensor) -> Tensor:
 
 def _mask(b: declare.Mask, t: Tokens, before: Tensor) -> Tensor:
     w = pooled(b.level, t)
-    return before * torch.where((w >= b.low) & (w <= b.high), w, 0.0)
+    return before * w * ((w >= b.low) & (w <= b.high))
 
 
 def _clamp(b: declare.Clamp, t: Tokens, before: Tensor) -> Tensor:
@@ -53,23 +53,23 @@ def _clamp(b: declare.Clamp, t: Tokens, before: Tensor) -> Tensor:
 
 
 def _veto(b: declare.Veto, t: Tokens, before: Tensor) -> Tensor:
-    least = -greatest(-gap(t), t.sequence, t.sequences)[t.sequence]
-    return torch.where(least < (math.log(b.floor) if b.floor else -math.inf), 0.0, before)
+    least = -greatest(-gap(t), t.sequence, t.sequences)
+    return before * per_token(least >= (math.log(b.floor) if b.floor else -math.inf), t)
 
 
 def _reject(b: declare.Reject, t: Tokens, before: Tensor) -> Tensor:
     found = KLS[b.form](gap(t))
     if b.over == "max":
-        found = greatest(found, t.sequence, t.sequences)[t.sequence]
+        found = per_token(greatest(found, t.sequence, t.sequences), t)
     elif b.over != "token":
-        found = per_sequence(found, t, mean=b.over == "mean")[t.sequence]
-    return torch.where(found > b.bound, 0.0, before)
+        found = per_token(per_sequence(found, t, mean=b.over == "mean"), t)
+    return before * (found <= b.bound)
 
 
 def _off_policy_mask(b: declare.OffPolicyMask, t: Tokens, before: Tensor) -> Tensor:
     drift = (t.sampled - t.logp).detach().nan_to_num(nan=0.0)
-    far = per_sequence(drift, t, mean=True)[t.sequence] > b.threshold
-    return torch.where(far & (t.advantages < 0), 0.0, before)
+    far = per_token(per_sequence(drift, t, mean=True) > b.threshold, t)
+    return before * ~(far & (t.advantages < 0))
 
 
 def _normalise(b: declare.Normalise, t: Tokens, before: Tensor) -> Tensor:

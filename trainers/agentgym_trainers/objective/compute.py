@@ -28,12 +28,11 @@ def loss(objective: Objective, tokens: Tokens, total: Totals) -> tuple[Tensor, d
     parts = ratio_of(objective.ratio, t)
     gate = bounded(objective.gate, t, parts)
     w = weights(objective.behaviour, replace(t, old=t.logp.detach()) if objective.bypass else t)
-    found = -aggregate(objective.aggregation, w * gated(gate, t, parts), t, total)
+    value = w * gated(gate, t, parts) if objective.behaviour else gated(gate, t, parts)
     for regulariser in objective.regularisers:
-        if not regulariser.coef and not isinstance(regulariser, declare.Perception):
-            continue
-        found = found + aggregate(objective.aggregation, penalty(regulariser, t), t, total)
-    return found, _sums(objective, gate, t, parts, w)
+        if regulariser.coef or isinstance(regulariser, declare.Perception):
+            value = value - penalty(regulariser, t)
+    return -aggregate(objective.aggregation, value, t, total), _sums(objective, gate, t, parts, w)
 
 
 @torch.no_grad()
@@ -44,9 +43,9 @@ def _sums(objective: Objective, gate: Any, t: Tokens, parts: Parts, w: Tensor) -
         "ratio": ratio.sum(),
         "ratio_max": ratio.max() if len(ratio) else ratio.sum(),
         "ratio_variance": ((ratio - 1) ** 2).sum(),
-        "clipped": (up | down).sum(),
-        "clipped_up": up.sum(),
-        "clipped_down": down.sum(),
+        "clipped": (up | down).count_nonzero(),
+        "clipped_up": up.count_nonzero(),
+        "clipped_down": down.count_nonzero(),
         "kl": KLS["k3"](t.logp - t.old).sum(),
         "mismatch": (t.old - t.sampled).nan_to_num(nan=0.0).abs().sum(),
     }

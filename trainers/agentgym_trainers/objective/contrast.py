@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.custom import call
-from agentgym_trainers.objective.tokens import Tokens, greatest, needed, per_sequence, pool
+from agentgym_trainers.objective.tokens import Tokens, greatest, needed, per_sequence, per_token, pool
 
 
 def contrasted(declared: Any, t: Tokens) -> Tokens:
@@ -32,7 +32,7 @@ def _discriminative(d: declare.Discriminative, t: Tokens) -> Tensor:
     weight = _softmax(shortness.to(likely.dtype), right, group, len(groups))
     weight = weight - _softmax(likely, wrong, group, len(groups))
     sides = [pool(side.to(likely.dtype), group, len(groups), mean=False) > 0 for side in (right, wrong)]
-    return (weight * (sides[0] & sides[1])[group])[t.sequence]
+    return per_token(weight * (sides[0] & sides[1])[group], t)
 
 
 def _softmax(x: Tensor, among: Tensor, group: Tensor, groups: int) -> Tensor:

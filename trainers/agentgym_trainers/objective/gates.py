@@ -15,7 +15,10 @@ from torch import Tensor
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.custom import call
 from agentgym_trainers.objective.ratios import Parts
-from agentgym_trainers.objective.tokens import Tokens, per_sequence
+from agentgym_trainers.objective.tokens import Tokens, per_sequence, per_token, within
+
+Held = tuple[Tensor, Tensor]
+"""Tokens held back from moving further up, and down: [M] each."""
 
 
 def gated(declared: Any, t: Tokens, parts: Parts) -> Tensor:
@@ -25,7 +28,7 @@ def gated(declared: Any, t: Tokens, parts: Parts) -> Tensor:
     return GATES[type(declared)](declared, t, parts)
 
 
-def clipped(declared: Any, t: Tokens, parts: Parts) -> tuple[Tensor, Tensor]:
+def clipped(declared: Any, t: Tokens, parts: Parts) -> Held:
     """Which tokens the gate holds back from moving further up, and down: [M] each; all False for one without bounds."""
     if type(declared) in CLIPPED:
         return CLIPPED[type(declared)](declared, t, parts)
@@ -42,13 +45,23 @@ def _none(gate: declare.NoGate, t: Tokens, parts: Parts) -> Tensor:
 
 def _clip(gate: declare.Clip, t: Tokens, parts: Parts) -> Tensor:
     """PPO (1707.06347) with separate bounds, and the dual clip for negative advantages (1912.09729)."""
-    a = t.advantages
-    found = _least(parts.ratio, gate.low, gate.high, a)
-    return torch.where(a < 0, torch.maximum(found, gate.dual * a), found) if gate.dual else found
+    found = _least(parts.ratio, gate.low, gate.high, t.advantages)
+    if gate.dual:
+        far = (t.advantages < 0) & (parts.ratio > gate.dual)
+        return found * ~far + gate.dual * t.advantages * far
+    return found
 
 
 def _least(ratio: Tensor, low: float, high: float, a: Tensor) -> Tensor:
-    return torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+    """min(rho A, clip(rho, 1 - low, 1 + high) A)."""
+    return _fixed(ratio, _stopped(ratio, low, high, a), 1 - low, 1 + high) * a
+
+
+def _fixed(x: Tensor, held: Held, low: float, high: float) -> Tensor:
+    """x, but a constant where it is held: `high` from moving up, `low` from moving down. By products, whose
+    derivative is one pass; those of `where` and `minimum` are several."""
+    up, down = held
+    return x * ~(up | down) + (high * up.to(x) + low * down.to(x))
 
 
 def _detached(gate: declare.Detached, t: Tokens, parts: Parts) -> Tensor:
@@ -70,7 +83,7 @@ def _squared_log(gate: declare.SquaredLog, t: Tokens, parts: Parts) -> Tensor:
 
 def _divergence(gate: declare.Divergence, t: Tokens, parts: Parts) -> Tensor:
     up, down = _diverged(gate, t, parts)
-    keep = torch.where(up | down, 0.0, t.advantages)
+    keep = t.advantages * ~(up | down)
     if gate.weight == "ratio":
         return parts.ratio * keep
     return parts.ratio.detach().clamp(max=gate.cap) * keep * t.logp
@@ -88,13 +101,13 @@ def _gamma_weight(gate: declare.GammaWeight, t: Tokens, parts: Parts) -> Tensor:
 
 
 def _log_clip(gate: declare.LogClip, t: Tokens, parts: Parts) -> Tensor:
-    log = torch.where(t.advantages > 0, parts.log.clamp(max=gate.high), parts.log.clamp(min=-gate.low))
-    return per_sequence(log, t, mean=True).exp()[t.sequence] * t.advantages
+    log = _fixed(parts.log, _log_clipped(gate, t, parts), -gate.low, gate.high)
+    return per_token(per_sequence(log, t, mean=True).exp(), t) * t.advantages
 
 
 def _levels_clip(gate: declare.LevelsClip, t: Tokens, parts: Parts) -> Tensor:
     logs = _residual(gate, parts)
-    held = [log.clamp(-budget, budget) for log, budget in zip(logs, gate.budgets, strict=True)]
+    held = [within(log, -budget, budget) for log, budget in zip(logs, gate.budgets, strict=True)]
     ratio = sum(held[1:], held[0]).exp()
     found = ratio * t.advantages
     return torch.minimum(parts.ratio * t.advantages, found) if gate.pessimistic else found
@@ -104,7 +117,7 @@ def _residual(gate: declare.LevelsClip, parts: Parts) -> tuple[Tensor, ...]:
     """The parts; in variant A the last is the log-ratio less the clipped parts above it."""
     if gate.variant == "B":
         return parts.logs
-    above = [log.clamp(-budget, budget) for log, budget in zip(parts.logs[:-1], gate.budgets, strict=False)]
+    above = [within(log, -budget, budget) for log, budget in zip(parts.logs[:-1], gate.budgets, strict=False)]
     return (*parts.logs[:-1], parts.log - sum(above))
 
 
@@ -116,15 +129,15 @@ def _variation_budget(gate: declare.VariationBudget, t: Tokens, parts: Parts) ->
 def _room(gate: declare.VariationBudget, t: Tokens, parts: Parts) -> Tensor:
     """[T delta - sum over the sequence's other tokens of |rho - 1|]+, detached: [M]."""
     moved = (parts.ratio.detach() - 1.0).abs()
-    others = per_sequence(moved, t, mean=False)[t.sequence] - moved
-    return (t.lengths[t.sequence] * gate.delta - others).clamp(min=0.0)
+    others = per_token(per_sequence(moved, t, mean=False), t) - moved
+    return (per_token(t.lengths, t) * gate.delta - others).clamp(min=0.0)
 
 
 def _branch_clip(gate: declare.BranchClip, t: Tokens, parts: Parts) -> Tensor:
     def branch(ratio: Tensor, low: float, high: float) -> Tensor:
         if gate.pessimistic:
             return _least(ratio, low, high, t.advantages)
-        return ratio.clamp(1 - low, 1 + high) * t.advantages
+        return within(ratio, 1 - low, 1 + high) * t.advantages
 
     token, sequence = parts.each
     return parts.weight * branch(token, *gate.token) + (1.0 - parts.weight) * branch(sequence, *gate.sequence)
@@ -146,8 +159,6 @@ GATES: dict[type[declare.Kind], Callable[[Any, Tokens, Parts], Tensor]] = {
 }
 
 # --- what they hold back ----------------------------------------------------------------------------------------
-
-Held = tuple[Tensor, Tensor]
 
 
 def _stopped(ratio: Tensor, low: float, high: float, a: Tensor) -> Held:

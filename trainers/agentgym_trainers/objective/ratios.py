@@ -17,7 +17,7 @@ from torch import Tensor
 
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.custom import call
-from agentgym_trainers.objective.tokens import CLAMP, Tokens, needed, per_sequence, pool, prefixes
+from agentgym_trainers.objective.tokens import CLAMP, Tokens, needed, per_sequence, per_token, pool, prefixes, within
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Parts:
         """log rho [M]."""
         if self.combine == "mix":
             return self.ratio.log()
-        return sum(self.logs[1:], self.logs[0]).clamp(-CLAMP, CLAMP)
+        return within(sum(self.logs[1:], self.logs[0]), -CLAMP, CLAMP)
 
     @cached_property
     def ratio(self) -> Tensor:
@@ -57,7 +57,7 @@ def ratio_of(declared: Any, t: Tokens) -> Parts:
 
 def moved(t: Tokens) -> Tensor:
     """log rho of each token [M]."""
-    return (t.logp - t.old).clamp(-CLAMP, CLAMP)
+    return within(t.logp - t.old, -CLAMP, CLAMP)
 
 
 def token_form(log: Tensor, t: Tokens) -> Tensor:
@@ -70,7 +70,7 @@ def _none(declared: declare.NoRatio, t: Tokens) -> Parts:
 
 
 def _token(declared: declare.Token, t: Tokens) -> Parts:
-    return Parts((moved(t),))
+    return Parts((t.logp - t.old,))
 
 
 def _turn(declared: declare.TurnProduct, t: Tokens) -> Parts:
@@ -83,7 +83,7 @@ def _turn(declared: declare.TurnProduct, t: Tokens) -> Parts:
 
 def geometric(t: Tokens) -> Tensor:
     """log of the geometric mean over the sequence [M], in token form, at most 10 (verl)."""
-    mean = per_sequence((t.logp - t.old).detach(), t, mean=True)[t.sequence]
+    mean = per_token(per_sequence((t.logp - t.old).detach(), t, mean=True), t)
     return token_form(mean, t).clamp(max=10.0)
 
 
@@ -92,7 +92,7 @@ def _sequence(declared: declare.Geometric, t: Tokens) -> Parts:
 
 
 def _sequence_product(declared: declare.SequenceProduct, t: Tokens) -> Parts:
-    return Parts((token_form(per_sequence(moved(t).detach(), t, mean=False)[t.sequence], t),))
+    return Parts((token_form(per_token(per_sequence(moved(t).detach(), t, mean=False), t), t),))
 
 
 def _prefix_product(declared: declare.PrefixProduct, t: Tokens) -> Parts:
@@ -129,7 +129,7 @@ def _levels(declared: declare.Levels, t: Tokens) -> Parts:
     if not means:
         return Parts((delta,))
     steps = [means[0], *(inner - outer for outer, inner in pairwise(means))]
-    return Parts((*(step[t.sequence] for step in steps), delta - means[-1][t.sequence]))
+    return Parts((*(per_token(step, t) for step in steps), delta - per_token(means[-1], t)))
 
 
 def _mean_over(level: str, sums: Tensor, t: Tokens) -> Tensor:

@@ -9,12 +9,17 @@ from torch import Tensor
 
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.custom import call
-from agentgym_trainers.objective.tokens import Tokens, needed
+from agentgym_trainers.objective.tokens import Tokens, needed, per_token, within
+
+
+def _k3(gap: Tensor) -> Tensor:
+    return gap.exp() - gap - 1.0
+
 
 KLS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda gap: -gap,
     "k2": lambda gap: 0.5 * gap**2,
-    "k3": lambda gap: gap.clamp(-10.0, 10.0).exp() - gap.clamp(-10.0, 10.0) - 1.0,
+    "k3": lambda gap: _k3(within(gap, -10.0, 10.0)),
 }
 """gap = other - logp [M] -> estimate of KL(policy, other) per token (Schulman 2020)"""
 
@@ -32,7 +37,7 @@ def against(name: str, t: Tokens) -> Tensor:
 def rewarded(threshold: float, t: Tokens) -> Tensor:
     """1 for tokens of sequences with reward >= threshold, else 0 (also where there is no reward): [M]."""
     reward = needed(t.reward, "reward")
-    return (reward >= threshold)[t.sequence].to(t.logp.dtype)
+    return per_token((reward >= threshold).to(t.logp.dtype), t)
 
 
 def _kl(r: declare.Kl, t: Tokens) -> Tensor:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardtanh
 
 from agentgym.errors import RecordError
 
@@ -51,7 +52,8 @@ class Tokens:
     @cached_property
     def lengths(self) -> Tensor:
         """Trained tokens of each sequence: [S]."""
-        return torch.bincount(self.sequence, minlength=self.sequences)
+        every = torch.arange(self.sequences + 1, device=self.sequence.device)
+        return torch.searchsorted(self.sequence, every).diff()
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,18 @@ def pool(x: Tensor, index: Tensor, count: int, *, mean: bool) -> Tensor:
 
 def per_sequence(x: Tensor, t: Tokens, *, mean: bool) -> Tensor:
     """Sums or means over each sequence: [S]."""
-    total = pool(x, t.sequence, t.sequences, mean=False)
+    total = torch.segment_reduce(x, "sum", lengths=t.lengths, unsafe=True)
     return total / t.lengths.clamp(min=1) if mean else total
+
+
+def per_token(x: Tensor, t: Tokens) -> Tensor:
+    """What each sequence has [S], given to its tokens: [M]."""
+    return x.index_select(0, t.sequence)
+
+
+def within(x: Tensor, low: float, high: float) -> Tensor:
+    """`x.clamp(low, high)`, with a derivative that costs one pass instead of five (0 at the very bounds)."""
+    return hardtanh(x, low, high)
 
 
 def greatest(x: Tensor, index: Tensor, count: int) -> Tensor:
