@@ -81,14 +81,19 @@ def bundled(term: Term, table: Table, x: Real, state: AdvantageState, name: str)
     """Scores of trajectories compared as bundles of prompts: [P].
 
     The k-th unit of a bundle sums the k-th members of its prompts, in the order of the step, without replacement;
-    members to whom another prompt of the bundle has no counterpart get 0.
+    members to whom another prompt of the bundle has no counterpart get 0. Tracked quantiles are those of full bundles:
+    what a step's last bundle lacks in prompts is no reward of zero, so it is compared as if full, and scaled back.
     """
     bundle, place = table.prompt // term.bundle, _places(table.prompt)
-    fewest = groups.extremes(groups.sizes(table.prompt), np.unique(table.prompt) // term.bundle)[0]
+    prompts = np.unique(table.prompt) // term.bundle
+    fewest = groups.extremes(groups.sizes(table.prompt), prompts)[0]
     kept = np.flatnonzero(place < fewest[bundle])
     unit = groups.joint(bundle[kept], place[kept])
+    summed = _summed(table, x, bundle, kept, unit)
+    tracked = isinstance(term.transform, Risk) and term.transform.track
+    full = term.bundle / groups.sizes(prompts)[summed.group] if tracked else np.ones_like(summed.x)
     found = np.zeros(table.size)
-    found[kept] = compared(term, _summed(table, x, bundle, kept, unit), state, name)[unit]
+    found[kept] = (compared(term, summed._replace(x=summed.x * full), state, name) / full)[unit]
     if term.credit == "share":
         ahead = x - groups.mean(x, table.prompt, np.ones_like(x))[table.prompt]
         found[kept] *= _parts(ahead[kept], unit)

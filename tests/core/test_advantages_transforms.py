@@ -222,6 +222,21 @@ def test_bundles_hold_consecutive_prompts_and_leave_out_members_without_counterp
     assert found == pytest.approx([3.0, 0, 0, 3.0, 1.5, -1.5])
 
 
+def test_a_bundle_that_lacks_prompts_is_no_bundle_of_zeros() -> None:
+    """Tracked quantiles are of sums over full bundles: half a bundle of the same rewards fares as a full one does."""
+    risk = Risk(track=True)
+    term = Term(key="bundle", bundle=2, centre="none", scale="none", credit="share", transform=risk)
+    scores = [2.0, 1.0, 3.0, 0.0]
+    state = AdvantageState()
+    advantages(bundle_of({"a": scores, "b": scores}), [term], state=state)
+    later, other = AdvantageState(), AdvantageState()
+    later.quantiles, other.quantiles = dict(state.quantiles), dict(state.quantiles)
+    full = advantages(bundle_of({"a": scores, "b": scores}), [term], state=later)
+    half = advantages(bundle_of({"a": scores}), [term], state=other)
+    assert [float(v[0]) for v in half] == pytest.approx([float(v[0]) for v in full[:4]])
+    assert other.quantiles == later.quantiles
+
+
 def test_a_bundles_value_is_shared_by_reward_above_the_prompts_mean() -> None:
     table = {"a": [1.0, 0.0], "b": [4.0, 0.0]}
     term = Term(key="bundle", scale="none", credit="share")
