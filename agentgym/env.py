@@ -13,7 +13,7 @@ from agentgym.types import AGENT, Action, Observation, StepResult, Task, only
 if TYPE_CHECKING:
     from agentgym.policy import Policy
 
-CAPABILITIES = ("replay", "fork", "ladder", "hidden_twin", "hints")
+CAPABILITIES = ("replay", "fork", "ladder", "hidden_twin", "hints", "answer")
 
 
 class Environment(ABC):
@@ -74,6 +74,13 @@ class Environment(ABC):
         for training alone: `Guidance.hint`.
         """
         raise ConfigError(f"{self.id} does not claim the capability 'hints'")
+
+    def answer(self, task: Task) -> str:
+        """The text of the task's known answer, with all that the agent has to find out (capability "answer").
+
+        It reads what the agent may not, so it is for training alone: InTRO's y.
+        """
+        raise ConfigError(f"{self.id} does not claim the capability 'answer'")
 
 
 class SingleAgentEnv(Environment):

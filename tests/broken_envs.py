@@ -34,7 +34,7 @@ class Clerk(SingleAgentEnv):
     """The customer wants one of six things and says which when asked; picking one ends the episode."""
 
     id = "clerk-v0"
-    capabilities = frozenset({"replay", "fork", "ladder", "hidden_twin", "hints"})
+    capabilities = frozenset({"replay", "fork", "ladder", "hidden_twin", "hints", "answer"})
     expected: ClassVar[str] = ""
     """The one check that must fail."""
 
@@ -58,10 +58,10 @@ class Clerk(SingleAgentEnv):
         call = action.tool_calls[0] if action.tool_calls else None
         if call is not None and call.name == "pick":
             return self.picked(call)
-        answer = self.answer(action) if call is None or call.name == "ask" else "There is no such tool."
+        answer = self.reply(action) if call is None or call.name == "ask" else "There is no such tool."
         return say(answer), StepResult(truncated=self.left <= 0)
 
-    def answer(self, action: Action) -> str:
+    def reply(self, action: Action) -> str:
         return f"I want the {self.task.payload['wanted']}." if action.tool_calls else "Pardon?"
 
     def picked(self, call: ToolCall) -> tuple[Observation | None, StepResult]:
@@ -83,6 +83,9 @@ class Clerk(SingleAgentEnv):
     def hint(self, task: Task, level: int) -> str:
         return "Ask what is wanted."
 
+    def answer(self, task: Task) -> str:
+        return f"They want the {task.payload['wanted']}."
+
 
 def guess(seed: int, task: Task) -> Any:
     item = rng(seed, task.id, "guess").choice(ITEMS)
@@ -99,7 +102,7 @@ def know(task: Task) -> Any:
 class GlobalRandom(Clerk):
     expected = "same_seed"
 
-    def answer(self, action: Action) -> str:
+    def reply(self, action: Action) -> str:
         return f"Hm. {random.random()}"
 
 
@@ -222,8 +225,8 @@ class BlocksOnGarbage(Clerk):
 class EchoesSurrogates(Clerk):
     expected = "garbage_actions"
 
-    def answer(self, action: Action) -> str:
-        return super().answer(action) if action.tool_calls else f"What is {action.text[:40]}?"
+    def reply(self, action: Action) -> str:
+        return super().reply(action) if action.tool_calls else f"What is {action.text[:40]}?"
 
 
 class RepeatsAsSystem(Clerk):
@@ -314,9 +317,9 @@ class LadderUpsideDown(Clerk):
 class TwinTells(Clerk):
     expected = "hidden_twin"
 
-    def answer(self, action: Action) -> str:
+    def reply(self, action: Action) -> str:
         return (
-            super().answer(action)
+            super().reply(action)
             if action.tool_calls
             else f"Pardon? It has {len(self.task.payload['wanted'])} letters."
         )
@@ -354,6 +357,27 @@ class HintWithoutWords(Clerk):
 
     def hint(self, task: Task, level: int) -> str:
         return "" if level > 3 else "Ask."
+
+
+class AnswerWithoutWords(Clerk):
+    expected = "answer"
+
+    def answer(self, task: Task) -> str:
+        return " "
+
+
+class AnswerOfAnotherMood(Clerk):
+    expected = "answer"
+
+    def answer(self, task: Task) -> str:
+        return f"{super().answer(task)} {random.random()}"
+
+
+class AnswerThatIsNone(Clerk):
+    expected = "answer"
+
+    def answer(self, task: Task) -> str:
+        return "What they say when asked."
 
 
 BROKEN = [c for c in list(globals().values()) if isinstance(c, type) and issubclass(c, Clerk) and c is not Clerk]

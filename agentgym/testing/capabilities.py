@@ -1,4 +1,4 @@
-"""What an environment claims beyond the contract: replay, fork, ladder, hidden_twin, hints."""
+"""What an environment claims beyond the contract: replay, fork, ladder, hidden_twin, hints, answer."""
 
 from __future__ import annotations
 
@@ -245,3 +245,24 @@ async def hints(subject: Subject) -> str:
                 raise CheckFailed(f"{where} tells the task from its hidden twin, so it gives away what is hidden")
             found.add(hint)
     return f"{len(found)} different hints" + (", none of which tells a task from its hidden twin" if twins else "")
+
+
+# --- answer -----------------------------------------------------------------------------------------------------
+
+
+async def answer(subject: Subject) -> str:
+    """The answer of every task has words, always the same, and others for the hidden twin."""
+    subject.require("answer")
+    env = subject.env
+    twins = "hidden_twin" in env.capabilities
+    found = set()
+    for task in subject.tasks():
+        text, where = env.answer(task), f"task {task.id}: the answer"
+        if not isinstance(text, str) or not text.strip():
+            raise CheckFailed(f"{where} is {text!r}; an answer is a text that says something")
+        if text != env.answer(task):
+            raise CheckFailed(f"{where} is another when asked for again")
+        if twins and (twin := env.hidden_twin(task)).id != task.id and text == env.answer(twin):
+            raise CheckFailed(f"{where} is that of its hidden twin, so it leaves out what is hidden")
+        found.add(text)
+    return f"{len(found)} different answers" + (", each unlike its hidden twin's" if twins else "")

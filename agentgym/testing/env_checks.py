@@ -30,6 +30,7 @@ ITEMS = (
     Item("ladder", capabilities.ladder, ("attribution",)),
     Item("hidden_twin", capabilities.hidden_twin, SAME),
     Item("hints", capabilities.hints),
+    Item("answer", capabilities.answer),
 )
 
 

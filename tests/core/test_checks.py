@@ -71,6 +71,7 @@ def test_what_is_absent_is_not_claimed():
         "ladder",
         "hidden_twin",
         "hints",
+        "answer",
     ]
 
 

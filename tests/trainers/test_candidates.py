@@ -17,7 +17,8 @@ from agentgym.errors import ConfigError
 from agentgym.modeling import logprobs
 from agentgym.rewards import Composed
 from agentgym.types import Action, Episode, Failure, Ids, Observation, Task, TokenSpan, Trajectory, Turn, Turns
-from agentgym_trainers.candidates import CandidateLearner, InTRO, draw, objective, weights
+from agentgym_trainers.candidates import InTRO
+from agentgym_trainers.candidates.learner import CandidateLearner, draw, objective, weights
 from agentgym_trainers.context import with_context
 from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.objective.declare import IMITATION

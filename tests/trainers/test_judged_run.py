@@ -118,7 +118,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_a_method_brings_its_judges(tmp_path: Path) -> None:
-    """They replace those that lay there; a run that names the method may say others; a method without any keeps them."""
+    """They replace those that lay there; who names the method may say others; a method without any keeps them."""
     mine = tmp_path / "mine.toml"
     mine.write_text(tomli_w.dumps({"judge": [SAFE], "reward": paid_by("safe")}), encoding="utf-8")
     below = {**toys.table(**QUICK), "judge": [GREEN]}

@@ -27,8 +27,9 @@ from agentgym.collate import collate
 from agentgym.errors import AgentGymError, ConfigError, DataError, UnknownName
 from agentgym.modeling import build
 from agentgym.rewards import composer, derived
-from agentgym_trainers import candidates, methods
+from agentgym_trainers import methods
 from agentgym_trainers.candidates import InTRO
+from agentgym_trainers.candidates.learner import weights
 from agentgym_trainers.config import resolve
 from agentgym_trainers.controllers import begun, controlled, numbers
 from agentgym_trainers.forward import Forward
@@ -235,7 +236,6 @@ def test_the_page_is_up_to_date() -> None:
 NEEDS_MORE = {
     "gigpo": "gamma",  # the preset's potential has another discount
     "kepo": "teacher",
-    "intro": "candidates",  # used from code
 }
 
 
@@ -251,7 +251,9 @@ def test_a_run_takes_the_method_as_it_is(name: str) -> None:
     assert config.objective == method.objective or name not in EVERY
     assert config.advantage == method.advantage
     assert (config.strategy, config.whiten) == (method.strategy, method.whiten)
-    assert config.run.algorithm == ("policy_gradient" if name in EVERY else "preference")
+    other = next((family for family in ("preference", "candidates") if family in load(name).table), "")
+    assert config.run.algorithm == (other or "policy_gradient")
+    assert not other or getattr(config, other) == getattr(method, other)
 
 
 # --- what cannot be meant ---------------------------------------------------------------------------------------
@@ -764,7 +766,7 @@ def test_srpo_improves_on_what_it_reads() -> None:
 
 def test_intro_weighs_candidates() -> None:
     intro = InTRO(**load("intro").table["candidates"])
-    w = candidates.weights(torch.tensor([-1.0, -3.0, 0.0]), torch.tensor([-1.5, -1.0, -9.0]), intro.cap)
+    w = weights(torch.tensor([-1.0, -3.0, 0.0]), torch.tensor([-1.5, -1.0, -9.0]), intro.cap)
     assert w.tolist() == pytest.approx([1.648721, 0.135335, 200.0], abs=1e-6)
     assert intro.candidates == 5
 

@@ -26,18 +26,22 @@ from agentgym.rewards import check_gamma, composer, judges
 from agentgym.rollout import Limits
 from agentgym.types import Sampling
 from agentgym_trainers import methods
+from agentgym_trainers.candidates.declare import InTRO
 from agentgym_trainers.critic import CriticConfig
 from agentgym_trainers.learner import Optim
 from agentgym_trainers.objective.declare import IMITATION, Clip, Distillation, Objective, Struct
 from agentgym_trainers.preference.declare import Preference
 from agentgym_trainers.strategies.declare import Plain, Strategy
 
+Algorithm = Literal["policy_gradient", "preference", "candidates", "best_of_n", "expert_iteration"]
+
 
 class RunConfig(Struct, frozen=True, kw_only=True):
-    """algorithm         "policy_gradient"; "preference", learning from pairs as [preference] declares; or one of the
-                         baselines that tell reinforcement from more imitation: "best_of_n" imitates the best member of
-                         each group, all sampled from the warm start; "expert_iteration" does the same with groups
-                         sampled from the policy as it learns
+    """algorithm         "policy_gradient"; "preference", learning from pairs as [preference] declares; "candidates",
+                         from correct episodes and answers that the environment knows, as [candidates] declares; or one
+                         of the baselines that tell reinforcement from more imitation: "best_of_n" imitates the best
+                         member of each group, all sampled from the warm start; "expert_iteration" does the same with
+                         groups sampled from the policy as it learns
     steps             updates after the warm start
     deterministic     bit-identical weights on one machine and set of versions; slower
     threads           of torch; 0 = leave as it is
@@ -45,7 +49,7 @@ class RunConfig(Struct, frozen=True, kw_only=True):
     """
 
     seed: int = 0
-    algorithm: Literal["policy_gradient", "preference", "best_of_n", "expert_iteration"] = "policy_gradient"
+    algorithm: Algorithm = "policy_gradient"
     steps: int = 60
     deterministic: bool = False
     threads: int = 0
@@ -140,8 +144,8 @@ class Config(Struct, frozen=True, kw_only=True):
     environment's own ("environment" inside it stands for that); `judge` the judges that add terms to a finished
     trajectory before its reward is composed (`rewards.judges`); `advantage` the summed terms; `whiten` as in
     `advantages.advantages`. `method` names the method of the catalogue (or the TOML file) whose sections `resolve` laid
-    under the run's own; `critic` is at work where an advantage has credit "gae", `preference` where run.algorithm says
-    so.
+    under the run's own; `critic` is at work where an advantage has credit "gae", `preference` and `candidates`
+    where run.algorithm says so.
     """
 
     env: dict[str, Any]
@@ -159,6 +163,7 @@ class Config(Struct, frozen=True, kw_only=True):
     whiten: Literal["none", "trajectories", "turns", "tokens"] = "none"
     objective: Objective = Objective(gate=Clip(high=0.28))
     preference: Preference = Preference()
+    candidates: InTRO = InTRO()
     critic: CriticConfig = CriticConfig()
     optim: Optim = Optim()
     eval: EvalConfig = EvalConfig()
@@ -191,7 +196,7 @@ def resolve(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (
     return from_table(table)
 
 
-AXES = ("strategy", "advantage", "whiten", "objective", "preference")
+AXES = ("strategy", "advantage", "whiten", "objective", "preference", "candidates")
 """Sections that a method replaces whole, also those that it leaves at their defaults."""
 
 
@@ -204,7 +209,7 @@ def _lay_method(table: Table, name: str) -> None:
     if "reward" in method:
         table.pop("reward", None)
     merge(table, {"objective": {}, **deepcopy(method)})
-    algorithm = "preference" if "preference" in method else "policy_gradient"
+    algorithm = next((family for family in ("preference", "candidates") if family in method), "policy_gradient")
     merge(table, {"run": {"algorithm": algorithm}})
 
 

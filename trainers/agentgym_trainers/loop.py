@@ -32,13 +32,13 @@ from agentgym.policy import Policy
 from agentgym.report import write_report
 from agentgym.types import Trajectory, WeightsVersion, iterate
 from agentgym_trainers import config as configs
-from agentgym_trainers import figures, language, sft, strategies
+from agentgym_trainers import figures, language, sft
 from agentgym_trainers.config import Config
 from agentgym_trainers.figures import Figures
 from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.objective.declare import IMITATION, Objective
 from agentgym_trainers.plan import Plan, plan
-from agentgym_trainers.reinforce import Reinforcement
+from agentgym_trainers.reinforce import Reinforcement, refuse
 from agentgym_trainers.state import SUMMARY, Stage, State, Stateful, position, require_free, steps_of
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
@@ -133,9 +133,7 @@ class _Training:
         self.state, self.progress = state, progress
         self.config = config = state.config
         self.env: Environment = registry.make(**config.env)
-        strategies.make(
-            config.strategy, self.env, group_size=config.rollout.group_size
-        )  # refuses before anything is paid
+        refuse(config, self.env)
         self.seconds: defaultdict[str, float] = defaultdict(float, state.stage.seconds if state.stage else {})
         self.counts: Counter[str] = Counter(state.stage.counts if state.stage else {})
         self.last: Figures = {}

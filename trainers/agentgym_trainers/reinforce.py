@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agentgym.advantages import AdvantageState, advantages, critic_targets
-from agentgym.env import Environment
+from agentgym.env import Environment, require
 from agentgym.modeling import build
 from agentgym.rewards import Dual, composer, derived
 from agentgym.types import RewardTerm, Trajectory
 from agentgym_trainers import language, sft, strategies
+from agentgym_trainers.candidates.learner import CandidateLearner
 from agentgym_trainers.config import Config
 from agentgym_trainers.critic import Critic
 from agentgym_trainers.figures import Figures
@@ -48,6 +49,13 @@ def needs_initial(config: Config, derived: Collection[str] = ()) -> bool:
     )
 
 
+def refuse(config: Config, env: Environment) -> None:
+    """Raises `ConfigError` where the environment lacks what this reinforcement asks of it; before anything is paid."""
+    strategies.make(config.strategy, env, group_size=config.rollout.group_size)
+    if config.run.algorithm == "candidates":
+        require(env, "answer", "run.algorithm = 'candidates'")
+
+
 class Reinforcement:
     """One reinforcement phase under way. `initial` gives the policy as it was before it, frozen; asked only where
     somebody needs it: a KL, a pair loss, the reward, best-of-n or the strategy. `counts` go on from there: what was not
@@ -61,7 +69,8 @@ class Reinforcement:
         initial: Callable[[], Any],
         counts: Counter[str] | None = None,
     ) -> None:
-        self.config, self.model = config, model
+        refuse(config, env)
+        self.config, self.env, self.model = config, env, model
         declared = config.reward or env.reward
         self.multipliers = Dual(declared)
         self.derived = composer(declared).derived
@@ -78,14 +87,16 @@ class Reinforcement:
         self.critic = Critic(model, config.critic, micro_tokens=config.optim.micro_tokens) if config.gae else None
         self.credit = AdvantageState()
 
-    def _learner(self) -> Learner | PairLearner:
+    def _learner(self) -> Learner | PairLearner | CandidateLearner:
         config, run, optim = self.config, self.config.run, self.config.optim
         shared: dict[str, Any] = {
             "total_steps": run.steps * optim.epochs * optim.minibatches,
             "seed": run.seed,
             "temperature": config.sampling.temperature,
-            "reference": self.initial,
         }
+        if run.algorithm == "candidates":
+            return CandidateLearner(self.model, config.candidates, optim, answer=self._answer, **shared)
+        shared["reference"] = self.initial
         if run.algorithm == "preference":
             return PairLearner(self.model, config.preference, optim, **shared)
         objective = config.objective if run.algorithm == "policy_gradient" else IMITATION
@@ -95,11 +106,15 @@ class Reinforcement:
             teacher = build.load(found.teacher, device=found.device, dtype=found.dtype).requires_grad_(False)
         return Learner(self.model, objective, optim, **shared, teacher=teacher, blank=self.model.blank)
 
+    def _answer(self, trajectory: Trajectory) -> list[int]:
+        """The ids of what the environment knows to be the answer, as plain text."""
+        return self.model.renderer.encode(self.env.answer(trajectory.task))
+
     def _annotate(self, trajectories: list[Trajectory]) -> list[tuple[RewardTerm, ...]]:
         """The derived terms of each trajectory, for the reward."""
         if "policy.kl" not in self.derived:
             return [derived(t) for t in trajectories]
-        learner = self.learner.learner if isinstance(self.learner, PairLearner) else self.learner
+        learner = self.learner if isinstance(self.learner, Learner) else self.learner.learner
         gaps = learner.log_ratios(trajectories, self.initial)
         return [derived(t, gap.tolist()) for t, gap in zip(trajectories, gaps, strict=True)]
 
@@ -116,6 +131,8 @@ class Reinforcement:
             found = build_pairs([(s.trajectory, s.reward) for s in samples if s.train], self.config.preference)
             self.buffer.counts.update(found.counts)
             return self.learner.update(found.pairs)
+        if isinstance(self.learner, CandidateLearner):
+            return self.learner.update([(s.trajectory, s.reward) for s in samples if s.train])
         if self.config.run.algorithm != "policy_gradient":
             best = best_of([s for s in samples if s.train])
             return self.learner.update(best, sft.ones(best)) if best else {}

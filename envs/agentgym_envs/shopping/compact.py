@@ -110,8 +110,7 @@ class Compact:
                 return f"error {ERRORS[kind]}"
 
     def _rows(self, rows: Sequence[int], names: Sequence[str], slots: Sequence[str] = ()) -> str:
-        shown = [s for s in slots or ("brand", "price") if s in self.lexicon.slots]
-        shown = shown or [s for s in self.lexicon.slots if s != "category"][:2]
+        shown = [s for s in slots if s in self.lexicon.slots] or self.lexicon.headline
         pairs = zip(names, rows, strict=False)
         return " ; ".join(f"{name} {self.lexicon.fields(row, shown)}".strip() for name, row in pairs)
 

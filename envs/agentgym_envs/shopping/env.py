@@ -15,7 +15,7 @@ from agentgym.errors import ConfigError
 from agentgym.policy import Policy, Scripted
 from agentgym.seeding import key
 from agentgym.types import Action, Episode, Observation, StepResult, Task
-from agentgym_envs.shopping import hints, ladder, tasks
+from agentgym_envs.shopping import answers, hints, ladder, tasks
 from agentgym_envs.shopping.catalogue import Catalogue
 from agentgym_envs.shopping.compact import Compact
 from agentgym_envs.shopping.config import Config, config
@@ -84,7 +84,7 @@ class ShoppingEnv(SingleAgentEnv):
 
     id = "shopping-v0"
     version = "1"
-    capabilities = frozenset({"replay", "fork", "ladder", "hidden_twin", "hints"})
+    capabilities = frozenset({"replay", "fork", "ladder", "hidden_twin", "hints", "answer"})
     reward: ClassVar[dict[str, Any]] = HRM
 
     def __init__(self, shared: World | None = None, **options: Any) -> None:
@@ -152,6 +152,9 @@ class ShoppingEnv(SingleAgentEnv):
 
     def hint(self, task: Task, level: int) -> str:
         return hints.hint(tasks.brief_of(task, self.catalogue), self.config.surface, level)
+
+    def answer(self, task: Task) -> str:
+        return answers.answer(tasks.brief_of(task, self.catalogue), self.world.lexicon, self.config.surface)
 
     def ladder(self) -> dict[str, Policy]:
         return dict(ladder.policies(self._mirror))

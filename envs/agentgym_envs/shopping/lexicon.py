@@ -50,6 +50,12 @@ class Lexicon:
         values = [word for words in self.value_words.values() for word in words.values()]
         return list(dict.fromkeys((*RESERVED, *self.slots, *buckets, *values)))
 
+    @cached_property
+    def headline(self) -> tuple[str, ...]:
+        """What a list of items shows of each: brand and price, or in a catalogue without them its first two slots."""
+        known = tuple(s for s in ("brand", "price") if s in self.slots)
+        return known or tuple(s for s in self.slots if s != "category")[:2]
+
     def word(self, slot: str, value: str | float | None) -> str:
         """The word of an item's value, or of a wish's: the bucket of an edge is the edge itself."""
         if value is None:

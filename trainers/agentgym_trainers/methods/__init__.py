@@ -20,6 +20,7 @@ from agentgym.advantages import Term
 from agentgym.errors import ConfigError, unknown
 from agentgym.presets import Table, read_toml
 from agentgym.rewards import judges
+from agentgym_trainers.candidates.declare import InTRO
 from agentgym_trainers.objective.declare import Objective, Struct
 from agentgym_trainers.preference.declare import Preference
 from agentgym_trainers.strategies.declare import Plain, Strategy
@@ -67,7 +68,7 @@ class Declaration(Struct, frozen=True, kw_only=True):
     whiten: Literal["none", "trajectories", "turns", "tokens"] = "none"
     objective: Objective = Objective()
     preference: Preference | None = None
-    candidates: dict[str, float] = msgspec.field(default_factory=dict)
+    candidates: InTRO | None = None
     optim: dict[str, Any] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,6 @@ over rollouts. Its gradient over drawn candidates is, in expectation, that of -K
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -29,29 +28,15 @@ from agentgym.rewards import Composed
 from agentgym.seeding import key, rng, uniforms
 from agentgym.types import Batch, Trajectory
 from agentgym_trainers import ranks
+from agentgym_trainers.candidates.declare import InTRO
 from agentgym_trainers.context import with_context, without_context
 from agentgym_trainers.forward import trained
 from agentgym_trainers.learner import Learner, Optim, Trainable, mean_figures
-from agentgym_trainers.objective.declare import IMITATION, Struct
+from agentgym_trainers.objective.declare import IMITATION
 from agentgym_trainers.preference.pairs import sampled
 
 Answer = Callable[[Trajectory], Sequence[int]]
 """The ids that tell the answer of a trajectory's task."""
-
-
-class InTRO(Struct, frozen=True, kw_only=True):
-    """candidates  n, with the sampled token
-    cap         the largest weight
-    threshold   rewards from here on are correct
-    """
-
-    candidates: int = 5
-    cap: float = 200.0
-    threshold: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.candidates < 1 or not 0 < self.cap < math.inf or not math.isfinite(self.threshold):
-            raise ConfigError(f"candidates are at least 1, cap is positive and threshold finite; got {self}")
 
 
 # --- the objective ----------------------------------------------------------------------------------------------
