@@ -257,12 +257,11 @@ class _Facts(NamedTuple):
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], rewards: Sequence[float] | None) -> _Facts:
-        keys = [(t.env, t.episode.group or t.task.id, t.episode.seed) for t in trajectories]
         domains = [t.labels.get("domain", t.env) for t in trajectories]
         return cls(
-            np.asarray([seeding.key("group", *k) >> 1 for k in keys], np.int64),
+            np.asarray([seeding.key("group", *t.prompt) >> 1 for t in trajectories], np.int64),
             np.asarray([seeding.key("domain", d) >> 1 for d in domains], np.int64),
-            np.full(len(keys), np.nan, np.float32) if rewards is None else np.asarray(rewards, np.float32),
+            np.full(len(trajectories), np.nan, np.float32) if rewards is None else np.asarray(rewards, np.float32),
         )
 
 

@@ -443,6 +443,11 @@ class Trajectory(Record, frozen=True, kw_only=True):
         return self.episode.task
 
     @property
+    def prompt(self) -> tuple[str, str, int]:
+        """What the members of its group share, and nobody else."""
+        return (self.env, self.episode.group or self.task.id, self.episode.seed)
+
+    @property
     def rewards(self) -> Iterator[RewardTerm]:
         """The ledger: every reward term in order."""
         return (term for turn in iterate(self.turns) for term in turn.rewards)

@@ -38,3 +38,8 @@ def distance(t: Tokens) -> Tensor:
 
 def ones(t: Tokens) -> Tensor:
     return torch.ones_like(t.logp)
+
+
+def bonus(t: Tokens, parts: Parts) -> Tensor:
+    assert t.entropy is not None
+    return parts.ratio * t.advantages + 0.01 * t.entropy

@@ -84,7 +84,9 @@ def test_it_goes_on_where_it_was() -> None:
     assert all(torch.equal(x, second.state()[name]) for name, x in whole.state().items())
 
 
-@pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"clip": -1.0}, {"epochs": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"lr": 0.0}, {"lr": float("inf")}, {"clip": -1.0}, {"clip": float("nan")}, {"epochs": 0}]
+)
 def test_a_critic_that_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="critic"):
         CriticConfig(**wrong)

@@ -12,7 +12,7 @@ from learning import CREDIT, EPISODES, REWARDS, Bare, weights
 from agentgym.collate import collate
 from agentgym.errors import ConfigError, ModelError, RecordError
 from agentgym.modeling.logprobs import token_logprobs
-from agentgym.types import Batch
+from agentgym.types import Batch, Floats, Trajectory, Turns, iterate
 from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.declare import IMITATION, Kl, Objective
@@ -207,8 +207,80 @@ def test_what_is_not_finite_moves_nothing() -> None:
     assert (learner.steps, learner.updates) == (0, 0)
 
 
-def test_an_optimiser_that_cannot_be_meant_is_refused() -> None:
-    with pytest.raises(ConfigError, match="lr is positive"):
-        Optim(lr=0.0)
-    with pytest.raises(ConfigError, match="shares"):
-        Optim(decay=2.0)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(),
+        Objective(proximal="learner", regularisers=(Kl(against="sampler"),)),
+        Objective(ratio=declare.NoRatio(), gate=declare.NoGate(), regularisers=(Kl(against="old"),)),
+    ],
+)
+def test_a_missing_log_prob_of_the_sampler_is_refused_where_it_is_compared_with(objective: Objective) -> None:
+    learner = Learner(Bare(), objective, Optim(), total_steps=1)
+    start = weights(learner).clone()
+    with pytest.raises(RecordError, match=r"no finite log-prob of the sampler.*objective\.proximal = 'learner'"):
+        learner.update([*EPISODES[1:], unscored(EPISODES[0])], [*CREDIT[1:], CREDIT[0]])
+    assert torch.equal(weights(learner), start)
+
+
+def test_a_correction_takes_a_token_without_a_log_prob_as_it_is() -> None:
+    learner = Learner(Bare(), Objective(proximal="learner", behaviour=(declare.Truncate(),)), Optim(), total_steps=1)
+    figures = learner.update([*EPISODES[1:], unscored(EPISODES[0])], [*CREDIT[1:], CREDIT[0]])
+    assert np.isfinite(list(figures.values())).all()
+
+
+def unscored(t: Trajectory) -> Trajectory:
+    """The trajectory with the first log-prob of every turn unknown."""
+    spans = [turn.action.span for turn in iterate(t.turns)]
+    floats = [Floats([float("nan"), *span.logprobs.numpy()[1:]]) for span in spans if span is not None]
+    turns = tuple(
+        turn.replace(action=turn.action.replace(span=turn.action.span.replace(logprobs=held)))
+        for turn, held in zip(iterate(t.turns), floats, strict=True)
+        if turn.action.span is not None
+    )
+    found: Trajectory = t.replace(turns=Turns(items=turns))
+    return found
+
+
+@pytest.mark.parametrize("micro_tokens", [10_000, 24])
+def test_a_function_of_ones_own_has_the_gradient_of_the_entropy(micro_tokens: int) -> None:
+    """-0.01 H as a gate adds it is the entropy bonus, also where the step is taken in two passes."""
+    own = declare.Custom(target="custom_pieces:bonus", coupled=True)
+    mine = exact(Objective(proximal="learner", gate=own), micro_tokens)
+    bonus = Objective(proximal="learner", gate=declare.NoGate(), regularisers=(declare.Entropy(coef=0.01),))
+    theirs = exact(bonus, micro_tokens)
+    for learner in (mine, theirs):
+        learner.update(EPISODES, CREDIT)
+    torch.testing.assert_close(weights(mine), weights(theirs), rtol=0, atol=1e-10)
+
+
+def test_groups_that_are_read_together_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DRPO weighs members against each other: an optimiser step has all of a group or none."""
+    seen: list[set[int]] = []
+    trainable = Bare()
+
+    def spy(trajectories: Any, *args: Any, **named: Any) -> list[Batch]:
+        seen.append({t.episode.seed * 3 + t.episode.member for t in trajectories})
+        return collate(trajectories, *args, **named)
+
+    monkeypatch.setattr(trainable, "collate", spy)
+    learner = Learner(trainable, DECLARED["DRPO"], Optim(minibatches=2), total_steps=2)
+    learner.update(EPISODES, CREDIT, REWARDS)
+    groups = [{0, 1, 2}, {3, 4, 5}, {6, 7, 8}]
+    assert set.union(*seen) == set(range(9))
+    assert all(group <= part or not group & part for group in groups for part in seen)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"lr": 0.0}, "lr is positive"), ({"lr": float("nan")}, "lr"), ({"lr": float("inf")}, "lr"),
+     ({"decay": 2.0}, "shares"), ({"betas": (0.9, 1.0)}, "betas"),
+     ({"weight_decay": float("nan")}, "weight_decay"), ({"only": "("}, "regular expression")],
+)  # fmt: skip
+def test_an_optimiser_that_cannot_be_meant_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Optim(**given)
+
+
+def test_no_trajectories_have_no_log_ratios() -> None:
+    assert exact(Objective(), 100).log_ratios([], REFERENCE) == []

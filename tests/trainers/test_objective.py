@@ -19,12 +19,18 @@ from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.aggregations import totals
 from agentgym_trainers.objective.compute import loss, summarise
 from agentgym_trainers.objective.declare import Objective
+from agentgym_trainers.objective.paths import get, put
 from agentgym_trainers.objective.ratios import ratio_of
 from agentgym_trainers.objective.tokens import Tokens, Totals
 
 TOKEN, NONE = declare.Token(), declare.NoGate()
 LEARNER: dict[str, Any] = {"proximal": "learner"}
 FOUR = ("domain", "prompt", "trajectory", "token")
+
+
+DUAL = {"kind": "dual", "watch": "ratio_variance", "target": 0.1}
+ADAPTIVE = {"kind": "adaptive", "of": "regularisers.0.coef", "watch": "kl_reference", "target": 0.1}
+SCHEDULE = {"kind": "schedule", "start": 0.1, "end": 0.9, "steps": 5}
 
 
 def custom(name: str, **given: Any) -> Any:
@@ -422,6 +428,26 @@ FREE = {"ratio": {"kind": "none"}, "gate": {"kind": "none"}}
             },
             "between positives",
         ),
+        ({"controllers": [DUAL | {"of": "gate.low"}]}, r"may bring 'gate\.low' to 5: clip\.low is at most 1"),
+        ({"gate": {"kind": "soft"}, "controllers": [DUAL | {"of": "gate.positive"}]}, "to 0: soft.positive is above 0"),
+        ({"controllers": [ADAPTIVE], "regularisers": [{"kind": "kl", "coef": 0.0}]}, "0 would stay 0"),
+        (
+            {"source": {"kind": "layer", "layer": 2}, "controllers": [SCHEDULE | {"of": "source.layer"}]},
+            "read when the run begins",
+        ),
+        (
+            {"regularisers": [{"kind": "perception"}], "controllers": [SCHEDULE | {"of": "regularisers.0.share"}]},
+            "read when the run begins",
+        ),
+        (
+            {"regularisers": [{"kind": "distillation"}], "controllers": [SCHEDULE | {"of": "regularisers.0.beta"}]},
+            "read when the run begins",
+        ),
+        (
+            {"source": {"kind": "layer", "layer": 2}, "regularisers": [{"kind": "kl", "against": "sampler"}]},
+            "'kl' compares the policy with the sampler",
+        ),
+        ({"gate": {"kind": "clip", "adaptive": {"step": [1e-12, 0.1]}}}, "at most 1000 steps"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -431,6 +457,10 @@ def test_what_cannot_be_meant_is_refused(table: dict[str, Any], said: str) -> No
 
 
 def test_unknown_parts_name_the_nearest() -> None:
+    with pytest.raises(UnknownName, match=r"'kl_refrence'; did you mean 'kl_reference'\? .*regularisers\.0\.coef"):
+        msgspec.convert(
+            {"regularisers": [{"kind": "kl"}], "controllers": [ADAPTIVE | {"watch": "kl_refrence"}]}, Objective
+        )
     with pytest.raises(UnknownName, match="did you mean 'first'"):
         Objective(aggregation=declare.Segments(by="first", weights={"frist": 1.0}))
     with pytest.raises(UnknownName, match="did you mean 'last'"):
@@ -448,12 +478,12 @@ def test_rewards_may_be_negative_in_thresholds() -> None:
 
 def test_numbers_by_path() -> None:
     o = OBJECTIVES["papo"]
-    assert declare.get(o, "regularisers.1.coef") == 0.01
-    moved = declare.put(o, "regularisers.1.coef", 0.5)
-    assert declare.get(moved, "regularisers.1.coef") == 0.5
+    assert get(o, "regularisers.1.coef") == 0.01
+    moved = put(o, "regularisers.1.coef", 0.5)
+    assert get(moved, "regularisers.1.coef") == 0.5
     assert moved.regularisers[0] == o.regularisers[0]
     with pytest.raises(ConfigError, match="no number"):
-        declare.get(o, "gate.adaptive")
+        get(o, "gate.adaptive")
 
 
 def test_what_is_needed_follows_from_what_is_declared() -> None:

@@ -5,11 +5,11 @@ Pure functions of the declaration: the state of a controller is the number it mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from agentgym.errors import unknown
-from agentgym_trainers.objective.declare import AdaptiveCoef, Dual, Kind, Objective, Schedule, get, put
+from agentgym_trainers.objective.declare import AdaptiveCoef, Dual, Kind, Objective, Schedule
+from agentgym_trainers.objective.paths import get, put
 
 
 def begun(objective: Objective) -> Objective:
@@ -18,13 +18,6 @@ def begun(objective: Objective) -> Objective:
         if isinstance(c, Schedule):
             objective = put(objective, c.of, c.start)
     return objective
-
-
-def check_watched(objective: Objective, known: Collection[str]) -> None:
-    """`UnknownName` where a controller watches a figure that steps do not have."""
-    for c in objective.controllers:
-        if not isinstance(c, Schedule) and c.watch not in known:
-            raise unknown("figure to watch", c.watch, known, f"controller {c.kind!r} of {c.of!r}")
 
 
 def controlled(objective: Objective, steps: int, figures: Mapping[str, float]) -> Objective:

@@ -12,6 +12,7 @@ regression over numbers that are read once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class CriticConfig(Struct, frozen=True, kw_only=True):
     epochs: int = 8
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip < 0 or self.epochs < 1:
+        if not (0 < self.lr < math.inf and self.clip >= 0 and self.epochs >= 1):
             raise ConfigError(f"critic.lr is positive, clip from 0 and epochs at least 1; got {self}")
 
 

@@ -21,7 +21,6 @@ from agentgym.modeling.logprobs import chunked_divergence, chunked_logprobs, hea
 from agentgym.seeding import key, uniforms
 from agentgym.types import Batch
 from agentgym_trainers.objective.declare import (
-    CustomPenalty,
     Distillation,
     Entropy,
     EntropyBand,
@@ -78,8 +77,9 @@ class Forward:
             raise ConfigError("distillation needs a teacher; pass the frozen module (model.teacher = its folder)")
         self.source, self.proximal = objective.source, objective.proximal
         self.perception: Perception | None = objective.find(Perception)
-        moving = any(isinstance(r, Entropy | EntropyBand | CustomPenalty) for r in objective.regularisers)
+        moving = bool(objective.customs) or any(isinstance(r, Entropy | EntropyBand) for r in objective.regularisers)
         self.entropy: bool | Literal["detached"] = moving or "detached"
+        self.reads_sampler = objective.reads_sampler
         self.module, self.teacher = module, teacher
         self.reference = reference if objective.needs_reference else None
         self.temperature, self.seed, self.blank = temperature, seed, blank or Blank()
@@ -87,7 +87,7 @@ class Forward:
     @torch.no_grad()
     def prepare(self, batch: Batch, step: int) -> Micro:
         """What stays fixed during the update that begins with optimiser step `step` (from 0). `ModelError` for a layer
-        that the model does not have.
+        that the model does not have, `RecordError` where a log-prob of the sampler is compared with and missing.
 
         While log-probs come from a layer inside, the sampler's are of another distribution, so the proximal policy is
         the learner's own.
@@ -95,6 +95,11 @@ class Forward:
         layer = self.source.layer if isinstance(self.source, Layer) and step < self.source.steps else None
         own = self.proximal == "learner" or layer is not None
         fixed = columns(batch, next(self.module.parameters()))
+        if self.reads_sampler and not fixed.sampled.isfinite().all():
+            raise RecordError(
+                "a trained token has no finite log-prob of the sampler, and the objective compares with it; nothing "
+                "was moved. Have the engine record them, or set objective.proximal = 'learner'"
+            )
         old = self.logprobs(self.module, batch, layer) if own else fixed.sampled
         reference = None if self.reference is None else self.logprobs(self.reference, batch, layer)
         share = self.perception.share if self.perception else 0.0

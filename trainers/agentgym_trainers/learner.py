@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +28,7 @@ from agentgym.errors import ConfigError, ModelError, RecordError
 from agentgym.seeding import rng
 from agentgym.types import Batch, Trajectory, WeightsVersion
 from agentgym_trainers import ranks
-from agentgym_trainers.controllers import begun, check_watched, controlled, numbers, with_numbers
+from agentgym_trainers.controllers import begun, controlled, numbers, with_numbers
 from agentgym_trainers.forward import LEAVES, Blank, Forward, Micro, joined, trained
 from agentgym_trainers.objective.aggregations import count_parts
 from agentgym_trainers.objective.compute import loss, summarise
@@ -62,10 +63,16 @@ class Optim(Struct, frozen=True, kw_only=True):
     only: str = ""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or min(self.epochs, self.minibatches, self.micro_tokens) < 1:
+        if not 0 < self.lr < math.inf or min(self.epochs, self.minibatches, self.micro_tokens) < 1:
             raise ConfigError(f"lr is positive, and epochs, minibatches and micro_tokens are at least 1; got {self}")
         if not (0 <= self.decay <= 1 and 0 <= self.floor <= 1 and self.warmup >= 0 and self.clip >= 0):
             raise ConfigError(f"decay and floor are shares in [0, 1], warmup and clip at least 0; got {self}")
+        if not (all(0 <= b < 1 for b in self.betas) and 0 <= self.weight_decay < math.inf):
+            raise ConfigError(f"betas are in [0, 1), weight_decay is at least 0; got {self}")
+        try:
+            re.compile(self.only)
+        except re.error as error:
+            raise ConfigError(f"optim.only = {self.only!r} is no regular expression: {error}") from error
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of optimiser step `step` (from 0) of `total`."""
@@ -157,7 +164,7 @@ class Learner:
         not finite, before any weight moves.
         """
         _refuse_strange(trajectories, advantages)
-        minibatches = [self._prepare(part, advantages, trajectories, rewards) for part in self._cut(len(trajectories))]
+        minibatches = [self._prepare(part, advantages, trajectories, rewards) for part in self._cut(trajectories)]
         steps = [self._step(parts) for _ in range(self.optim.epochs) for parts in minibatches]
         self.updates += 1
         return mean_figures([figures for figures in steps if figures])
@@ -167,11 +174,16 @@ class Learner:
         and there are no figures, where no token is trained on."""
         return self._step([self.forward.prepare(batch, self.steps) for batch in batches])
 
-    def _cut(self, count: int) -> Iterator[list[int]]:
-        """Which of `count` trajectories go together: a keyed random order, in `minibatches` parts."""
-        order = list(range(count))
+    def _cut(self, trajectories: Sequence[Trajectory]) -> Iterator[list[int]]:
+        """Which trajectories go together: a keyed random order, in `minibatches` parts; whole groups where the
+        objective reads members together."""
+        held: dict[Any, list[int]] = {}
+        for i, t in enumerate(trajectories):
+            held.setdefault(t.prompt if self.objective.grouped else i, []).append(i)
+        order = list(held.values())
         rng(self.seed, "minibatches", self.updates).shuffle(order)
-        return (part.tolist() for part in np.array_split(np.asarray(order, int), self.optim.minibatches))
+        parts = np.array_split(np.arange(len(order)), self.optim.minibatches)
+        return ([i for place in part for i in order[place]] for part in parts)
 
     def _prepare(
         self,
@@ -199,7 +211,6 @@ class Learner:
         value, sums = (self._together if together else self._apart)(parts, total)
         figures = {"loss": value, "grad_norm": 0.0, "tokens": float(total.tokens), **summarise(sums, total)}
         figures |= numbers(self.objective)
-        check_watched(self.objective, figures)
         figures["grad_norm"] = self.move()
         self.objective = controlled(self.objective, self.steps, figures)
         return figures
@@ -251,14 +262,14 @@ class Learner:
     def log_ratios(self, trajectories: Sequence[Trajectory], other: nn.Module) -> list[NDArray[np.float64]]:
         """log policy - log other, summed over the tokens that each turn of each trajectory sampled: [turns] each."""
         nothing = [np.zeros(len(t.turns)) for t in trajectories]
-        starts = np.cumsum([0, *map(len, nothing)])
+        starts = np.cumsum([0, *map(len, nothing)]).tolist()
         found = np.zeros(starts[-1])
         for batch in self.trainable.collate(trajectories, nothing, max_tokens=self.optim.micro_tokens, behaviour=False):
             gap = self.forward.logprobs(self.trainable.module(), batch) - self.forward.logprobs(other, batch)
             owners = np.repeat(batch.owners, np.diff(batch.bounds))
             at = trained(batch)
-            np.add.at(found, starts[owners[at]] + batch.turns[at], gap.double().cpu().numpy())
-        return np.split(found, starts[1:-1])
+            np.add.at(found, np.asarray(starts)[owners[at]] + batch.turns[at], gap.double().cpu().numpy())
+        return [found[a:b] for a, b in pairwise(starts)]
 
     def clear(self) -> None:
         """Forget the accumulated gradient."""

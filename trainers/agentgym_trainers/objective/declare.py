@@ -17,12 +17,10 @@ Symbols: rho the ratio of the policy to the proximal one, A the advantage, w the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from agentgym.errors import ConfigError
 from agentgym_trainers.objective.refusals import check
 
 
@@ -60,8 +58,8 @@ class Final(Kind, frozen=True, kw_only=True, tag="final"):
 
 
 class Layer(Kind, frozen=True, kw_only=True, tag="layer"):
-    """The hidden state after layer `layer` (1 = the first), through the final norm and the unembedding, during the
-    first `steps` optimiser steps; the last layer from then on. BuPO (2512.19673)."""
+    """The hidden state after layer `layer` (1 = the first), through the final norm and the unembedding, in updates
+    that begin within the first `steps` optimiser steps; the last layer from then on. BuPO (2512.19673)."""
 
     layer: int
     steps: int = 30
@@ -494,32 +492,25 @@ class Objective(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check(self)
-        alone = msgspec.structs.replace(self, controllers=()) if self.controllers else self
-        for controller in self.controllers:
-            ends = (
-                (controller.start, controller.end) if isinstance(controller, Schedule) else (get(self, controller.of),)
-            )
-            for value in ends:
-                put(alone, controller.of, value)
 
     @property
     def needs_reference(self) -> bool:
         """Whether a frozen reference policy takes part."""
         kls = (r for r in self.regularisers if isinstance(r, Kl | KlHinge))
         read = any(r.against == "reference" and (r.coef or self.controllers) for r in kls)
-        return read or any(custom.reference for custom in self._customs)
+        return read or any(custom.reference for custom in self.customs)
+
+    @property
+    def reads_sampler(self) -> bool:
+        """Whether a ratio or a KL is taken against the sampler, so that every trained token must have its log-prob."""
+        compared = [r.against for r in self.regularisers if isinstance(r, Kl | KlHinge)]
+        read = not isinstance(self.ratio, NoRatio) or "old" in compared
+        return (self.proximal == "sampler" and read) or "sampler" in compared
 
     @property
     def needs_sampler(self) -> bool:
-        """Whether the sampler's log-probs are read, so that they must have been recorded."""
-        compared = [r.against for r in self.regularisers if isinstance(r, Kl | KlHinge)]
-        read = not isinstance(self.ratio, NoRatio) or "old" in compared
-        return (
-            (self.proximal == "sampler" and read)
-            or "sampler" in compared
-            or bool(self.behaviour)
-            or bool(self._customs)
-        )
+        """Whether the sampler's log-probs are used at all. A correction takes a token that has none as it is."""
+        return self.reads_sampler or bool(self.behaviour) or bool(self.customs)
 
     @property
     def bypass(self) -> bool:
@@ -538,54 +529,23 @@ class Objective(Struct, frozen=True, kw_only=True):
             or (isinstance(self.gate, Clip) and self.gate.adaptive is not None)
             or any(isinstance(b, Normalise) for b in self.behaviour)
             or any(isinstance(r, KlHinge) for r in self.regularisers)
-            or any(custom.coupled for custom in self._customs)
+            or any(custom.coupled for custom in self.customs)
         )
 
     @property
-    def _customs(self) -> list[Custom]:
+    def grouped(self) -> bool:
+        """Whether members of a group are read together, so that an optimiser step must have all of them or none."""
+        return self.contrast is not None or (isinstance(self.ratio, Levels) and "prompt" in self.ratio.levels)
+
+    @property
+    def customs(self) -> list[Custom]:
+        """The functions of the user's own."""
         axes = (self.ratio, self.gate, *self.behaviour, self.aggregation, *self.regularisers, self.contrast)
         return [choice for choice in axes if isinstance(choice, Custom)]
 
     def find(self, kind: type[Any]) -> Any:
         """The regulariser of this class, or None."""
         return next((r for r in self.regularisers if isinstance(r, kind)), None)
-
-
-# --- numbers by path --------------------------------------------------------------------------------------------
-
-
-def get(o: Any, path: str) -> float:
-    """The number at a dotted path such as "regularisers.0.coef"; `ConfigError` where there is none."""
-    found = o
-    for part in path.split("."):
-        found = _step(found, part, path)
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise ConfigError(f"{path!r} leads to {found!r:.60}, which is no number")
-    return float(found)
-
-
-def put(o: Any, path: str, value: float) -> Any:
-    """The declaration with another number there."""
-    head, _, rest = path.partition(".")
-    inner = put(_step(o, head, path), rest, value) if rest else value
-    if isinstance(o, tuple):
-        return (*o[: int(head)], inner, *o[int(head) + 1 :])
-    return msgspec.structs.replace(o, **{head: inner})
-
-
-def _step(found: Any, part: str, path: str) -> Any:
-    if isinstance(found, tuple) and part.isdecimal() and int(part) < len(found):
-        return found[int(part)]
-    if isinstance(found, msgspec.Struct) and part in found.__struct_fields__:
-        return getattr(found, part)
-    names: Iterable[str] | Sequence[str] = (
-        found.__struct_fields__
-        if isinstance(found, msgspec.Struct)
-        else [str(i) for i in range(len(found))]
-        if isinstance(found, tuple)
-        else ()
-    )
-    raise ConfigError(f"{path!r} leads nowhere at {part!r}; there is {', '.join(names) or 'nothing'}")
 
 
 IMITATION = Objective(ratio=NoRatio(), gate=NoGate())

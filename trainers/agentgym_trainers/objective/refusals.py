@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from agentgym.errors import ConfigError, unknown
+from agentgym_trainers.objective.paths import get, put
 
 if TYPE_CHECKING:
     from agentgym_trainers.objective.declare import Objective
@@ -88,10 +89,16 @@ def _clip(o: Any) -> None:
         _adaptive(gate)
 
 
+_FINE = 1000
+"""Steps between the bounds of an adaptive clip: each one is tried on the whole step."""
+
+
 def _adaptive(gate: Any) -> None:
     a = gate.adaptive
     if not (a.low[0] <= a.low[1] <= 1 <= a.high[0] <= a.high[1]):
         raise ConfigError(f"adaptive bounds of the ratio ascend and leave 1 between them; got {a.low}, {a.high}")
+    if any((end - start) / step > _FINE for (start, end), step in zip((a.low, a.high), a.step, strict=True)):
+        raise ConfigError(f"adaptive bounds go to their ends in at most {_FINE} steps; got adaptive.step = {a.step}")
     if a.balance == "share" and a.target > 1:
         raise ConfigError(f"a share is at most 1; got adaptive.target = {a.target}")
     if (gate.low, gate.high) != (0.2, 0.2):
@@ -251,13 +258,57 @@ def _controllers(o: Any) -> None:
             raise ConfigError(f"an adaptive coefficient has a target and a horizon above 0; got {c}")
         if c.kind == "dual" and min(c.lr, c.max) <= 0:
             raise ConfigError(f"a dual controller has lr and max above 0; got {c}")
+        _goes(o, c)
+        _watches(o, c)
+
+
+def _goes(o: Any, c: Any) -> None:
+    """A number that can be moved, to values that it may have."""
+    now, (axis, *_, option) = get(o, c.of), c.of.split(".")
+    if axis in ("source", "controllers") or (axis == "regularisers" and option in ("share", "beta")):
+        raise ConfigError(f"{c.of!r} is read when the run begins, so that no controller moves it; drop the controller")
+    if c.kind == "adaptive" and now == 0:
+        raise ConfigError(f"an adaptive controller multiplies, so {c.of!r} = 0 would stay 0; begin above 0")
+    ends = {"schedule": ("start", "end"), "dual": ("max",)}.get(c.kind, ())
+    alone = msgspec.structs.replace(o, controllers=())
+    for value in (now, *(getattr(c, end) for end in ends), *((0.0,) if c.kind == "dual" else ())):
+        try:
+            put(alone, c.of, value)
+        except ConfigError as error:
+            raise ConfigError(f"controller {c.kind!r} may bring {c.of!r} to {value:g}: {error}") from error
+
+
+FIGURES = (
+    *("loss", "grad_norm", "tokens", "nll", "entropy", "kl", "mismatch"),
+    *("ratio", "ratio_max", "ratio_variance", "clipped", "clipped_up", "clipped_down"),
+)
+"""Figures that every step has; `figures_of` adds those of an objective."""
+
+
+def figures_of(o: Any) -> tuple[str, ...]:
+    """The figures that a step of this objective has, for controllers to watch."""
+    there = {
+        "kl_reference": o.needs_reference,
+        "divergence": any(r.kind == "distillation" for r in o.regularisers),
+        "weight": bool(o.behaviour),
+        "ess": bool(o.behaviour),
+        "bound_low": o.gate.kind == "clip" and o.gate.adaptive is not None,
+        "bound_high": o.gate.kind == "clip" and o.gate.adaptive is not None,
+    }
+    return (*FIGURES, *(name for name, is_there in there.items() if is_there), *(c.of for c in o.controllers))
+
+
+def _watches(o: Any, c: Any) -> None:
+    if c.kind != "schedule" and c.watch not in figures_of(o):
+        raise unknown("figure to watch", c.watch, figures_of(o), f"controller {c.kind!r} of {c.of!r}")
 
 
 def _layer(o: Any) -> None:
-    if o.source.kind == "layer" and o.behaviour:
+    read = [b.kind for b in o.behaviour] + [r.kind for r in o.regularisers if getattr(r, "against", "") == "sampler"]
+    if o.source.kind == "layer" and read:
         raise ConfigError(
-            f"behaviour = {o.behaviour[0].kind!r} weighs by the policy over the sampler, whose log-probs are of the "
-            "last layer, and source = 'layer' reads another one; drop the correction"
+            f"{read[0]!r} compares the policy with the sampler, whose log-probs are of the last layer, and source = "
+            "'layer' reads another one; drop the correction, or compare with 'old' or 'reference'"
         )
 
 

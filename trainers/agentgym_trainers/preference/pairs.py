@@ -86,17 +86,13 @@ def _groups(samples: Samples, counts: Counter[str]) -> list[_Group]:
         elif not length:
             counts["empty"] += 1
         else:
-            held[_prompt(trajectory)].append((trajectory, _finite(trajectory, composed), length))
+            held[trajectory.prompt].append((trajectory, _finite(trajectory, composed), length))
     return [_group(members) for members in held.values()]
 
 
 def _group(members: Sequence[tuple[Trajectory, Composed, int]]) -> _Group:
     trajectories, composed, lengths = (list(x) for x in zip(*members, strict=True))
     return _Group(trajectories, composed, np.asarray([c.value for c in composed]), np.asarray(lengths, np.int64))
-
-
-def _prompt(t: Trajectory) -> tuple[str, str, int]:
-    return (t.env, t.episode.group or t.task.id, t.episode.seed)
 
 
 def _finite(trajectory: Trajectory, composed: Composed) -> Composed:
