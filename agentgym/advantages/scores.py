@@ -26,7 +26,7 @@ def counted(term: Term, table: Table) -> tuple[Ints, Real]:
     kept = table.whose(term.whose)
     if not term.component:
         return ledger.turn[kept], ledger.share[kept]
-    kept = kept & np.asarray([name == term.component for name in table.names], bool)
+    kept = kept & (table.names == term.component)
     return ledger.turn[kept], table.amounts[kept]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from math import nan
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -125,21 +126,19 @@ class Table:
 
     @cached_property
     def ledger(self) -> Ledger:
-        turn: list[int] = []
-        share: list[float] = []
-        terms: list[RewardTerm] = []
-        for (t, composed), first in zip(self.samples, self.bounds.tolist(), strict=False):
-            lines = [*carried(t), *((len(t.turns) - 1, term) for term in composed.extra)]
-            if len(lines) != len(composed.shares):
+        lines: list[tuple[int, RewardTerm]] = []
+        for t, composed in self.samples:
+            own = [*carried(t), *((len(t.turns) - 1, term) for term in composed.extra)]
+            if len(own) != len(composed.shares):
                 raise RecordError(
-                    f"{len(composed.shares)} shares for the {len(lines)} reward terms of episode {t.episode.id}"
+                    f"{len(composed.shares)} shares for the {len(own)} reward terms of episode {t.episode.id}"
                 )
-            turn += [first + (term.turn if term.turn >= 0 else carrier) for carrier, term in lines]
-            terms += [term for _, term in lines]
-            share += composed.shares
-        counts = [len(composed.shares) for _, composed in self.samples]
-        found = Ledger(_ints(turn), np.asarray(share, float), terms)
-        self._within(found.turn, np.repeat(np.arange(self.size), counts))
+            lines += own
+        shares = [composed.shares for _, composed in self.samples]
+        owner = np.repeat(np.arange(self.size), _ints(list(map(len, shares))))
+        turn = _ints([term.turn if term.turn >= 0 else carrier for carrier, term in lines]) + self.bounds[owner]
+        found = Ledger(turn, np.fromiter(chain.from_iterable(shares), float), [term for _, term in lines])
+        self._within(turn, owner)
         self.finite(found.share, self.owner[found.turn], "the share of a reward term")
         return found
 
@@ -154,9 +153,9 @@ class Table:
             )
 
     @cached_property
-    def names(self) -> list[str]:
+    def names(self) -> NDArray[np.str_]:
         """The name of each line, "" where the world brought it about: [L]."""
-        return [r.name if r.cause == "policy" else "" for r in self.ledger.terms]
+        return np.asarray([r.name if r.cause == "policy" else "" for r in self.ledger.terms], str)
 
     @cached_property
     def amounts(self) -> Real:
@@ -168,11 +167,11 @@ class Table:
     def whose(self, which: str) -> Bools:
         """Lines that are the team's, the own of the turn's agent, or all: [L]."""
         terms = self.ledger.terms
+        if which == "all":
+            return np.ones(len(terms), bool)
         team: Bools = np.asarray([r.level in TEAM for r in terms], bool)
         if which == "team":
             return team
-        if which == "all":
-            return np.ones(len(terms), bool)
         at = self.ledger.turn.tolist()
         own: Bools = np.asarray([r.agent in ("", self.agents[k]) for r, k in zip(terms, at, strict=True)], bool)
         return own & ~team
@@ -180,7 +179,7 @@ class Table:
     @cached_property
     def prompt(self) -> Ints:
         """The prompt of each trajectory, numbered in the order of the step: [P]."""
-        return _numbered([(t.env, t.episode.group or t.task.id, t.episode.seed) for t, _ in self.samples])
+        return _numbered([t.prompt for t, _ in self.samples])
 
     @cached_property
     def domain(self) -> Ints:
@@ -220,7 +219,7 @@ class Table:
 
     def components(self) -> list[str]:
         """Names of reward terms that the key "component" tells apart: no potentials, nothing the trainer worked out."""
-        names = set(self.names) - {""}
+        names = set(np.unique(self.names).tolist()) - {""}
         return sorted(n for n in names if not n.endswith(POTENTIAL_SUFFIXES) and not n.startswith(DERIVED))
 
     def finite(self, numbers: Real, owner: Ints, what: str) -> None:

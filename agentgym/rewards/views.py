@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,17 +19,18 @@ DERIVED = "policy."
 """Terms whose names begin so are worked out, never emitted by an environment."""
 
 
-def carried(trajectory: Trajectory) -> Iterator[tuple[int, RewardTerm]]:
+def carried(trajectory: Trajectory) -> list[tuple[int, RewardTerm]]:
     """(index of the turn that carries it, term) for all of `trajectory.rewards`; columns need not build their turns."""
     turns = trajectory.turns
     if isinstance(turns, Turns):
-        yield from ((i, term) for i, turn in enumerate(turns.items) for term in turn.rewards)
-        return
+        return [(i, term) for i, turn in enumerate(turns.items) for term in turn.rewards]
     amounts = {agent: {n: x.numpy().tolist() for n, x in c.rewards.items()} for agent, c in turns.agents.items()}
-    for i, (_, agent, row) in enumerate(turns.order):
-        for name, values in amounts[agent].items():
-            if values[row] == values[row]:
-                yield i, RewardTerm(name=name, value=values[row], turn=i, agent=agent)
+    return [
+        (i, RewardTerm(name=name, value=values[row], turn=i, agent=agent))
+        for i, (_, agent, row) in enumerate(turns.order)
+        for name, values in amounts[agent].items()
+        if values[row] == values[row]
+    ]
 
 
 def turn_of(trajectory: Trajectory, extra: Sequence[RewardTerm] = ()) -> NDArray[np.intp]:
