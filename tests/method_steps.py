@@ -43,7 +43,7 @@ def member(prompt: int, number: int, rewards: Sequence[Mapping[str, float]], tok
         tokens=tokens,
         group=f"p{prompt}",
         anchors=[f"s{k % 2}" for k in range(len(rewards))],
-        labels={"experience": ("with", "without")[number % 2], "domain": "house"},
+        labels={"experience": ("with", "without")[number % 2], "guided": ("yes", "no")[number % 2], "domain": "house"},
         metrics={"greedy": 0.4, "reference": 0.6},
     )
     found: Trajectory = t.replace(episode=t.episode.replace(member=number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
@@ -11,6 +12,7 @@ import msgspec
 import pytest
 from toys import BanditEnv
 
+from agentgym.advantages import advantages
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, UnknownName
 from agentgym.policy import Policy, Scripted
@@ -29,7 +31,7 @@ from agentgym.types import (
     Turn,
     Turns,
 )
-from agentgym_trainers import strategies
+from agentgym_trainers import methods, strategies
 from agentgym_trainers.strategies import Sample, Table, base, declare, hints, plain, prefix, rate
 
 Judge = Callable[[Episode], float | None]
@@ -306,6 +308,18 @@ async def test_kepo_redraws_only_what_is_missing() -> None:
     assert {s.trajectory.episode.guidance.context for s in hinted} == {"original"}
 
 
+@pytest.mark.parametrize("declared", [declare.HintLevels(), declare.HintedRejection(count=2)], ids=lambda d: d.kind)
+async def test_a_task_without_words_is_not_drawn_until_it_succeeds(declared: Any) -> None:
+    class Silent(Hinting):
+        def hint(self, task: Task, level: int) -> str:
+            return ""
+
+    game = Game(lambda e: float(e.member > 4))
+    (group,) = await made(declared, env=Silent()).play(game.table())
+    assert [s.value for s in group] == [0.0] * 4
+    assert game.count == 4
+
+
 # --- prefixes ---------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +370,18 @@ def test_a_prefix_holds_an_action_and_leaves_one() -> None:
     assert [len(p) for p in prefix.prefixes(sample(1.0, turns=8), (0.1, 0.5, 0.99))] == [1, 4, 7]
     assert prefix.prefixes(sample(1.0, turns=1), (0.5,)) == []
     assert prefix.prefixes(sample(0.0, turns=8), (0.5,)) == []
+
+
+async def test_popes_members_are_compared_with_those_that_began_alike() -> None:
+    """Guided 1, 0 against unguided 0, 0: what the prefix earned is nobody's advantage."""
+    game = Game(
+        lambda e: float(e.labels.get("guided", "probe") == "probe" or (e.member % 4 == 1 and e.member > 4)), turns=8
+    )
+    (group,) = await made(declare.Prefix()).play(game.table())
+    terms = methods.declared(methods.load("pope")).advantage
+    found = [float(a[0]) for a in advantages([(s.trajectory, s.reward) for s in group], terms)]
+    assert [(s.trajectory.labels["guided"], s.value) for s in group] == [("no", 0), ("no", 0), ("yes", 1), ("yes", 0)]
+    assert found == pytest.approx([0, 0, 0.707106, -0.707106], abs=1e-5)
 
 
 async def test_pope_on_a_real_environment() -> None:
@@ -423,7 +449,10 @@ async def test_adaptthink_has_the_initial_policy_play_each_task_once() -> None:
         (declare.DynamicFilter(rounds=0), "rounds is at least 1"),
         (declare.Prefix(checkpoints=(0.5, 0.2)), "rising shares between 0 and 1"),
         (declare.Prefix(guided=0.1), "guides 0 members"),
+        (declare.Prefix(guided=math.nan), "guides 0 members"),
+        (declare.Prefix(checkpoints=(math.nan,)), "rising shares between 0 and 1"),
         (declare.ForcedMode(share=0.1), "forces 0 members"),
+        (declare.ForcedMode(share=math.nan), "forces 0 members"),
         (declare.ForcedMode(begin=""), "with a text"),
     ],
 )

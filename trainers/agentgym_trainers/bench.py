@@ -130,7 +130,11 @@ def _episode(g: np.random.Generator, group: int, member: int) -> Trajectory:
         turns=Turns(items=tuple(turns)),
         status="terminated",
         metrics={"greedy": 0.4, "reference": 0.6},
-        labels={"experience": ("with", "without")[member % 2], "domain": f"d{group % 4}"},
+        labels={
+            "experience": ("with", "without")[member % 2],
+            "guided": ("yes", "no")[member % 2],
+            "domain": f"d{group % 4}",
+        },
     )
 
 

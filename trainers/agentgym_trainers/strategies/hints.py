@@ -1,4 +1,8 @@
-"""Strategies with hints from the environment: levels that rise and fall, and hinted members drawn by rejection."""
+"""Strategies with hints from the environment: levels that rise and fall, and hinted members drawn by rejection.
+
+A task for which the environment has no words (an empty hint) is played plainly: to draw it anew until it succeeds would
+be selection and no help.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +43,15 @@ class HintLevels(Strategy[declare.HintLevels]):
         deals = table.deal()
         groups = await table.play([self._hinted(deal, 0) for deal in deals])
         for level in range(1, self.declared.levels + 1):
-            stuck = [i for i, group in enumerate(groups) if rate(group) == 0.0]
+            stuck = [i for i, g in enumerate(groups) if rate(g) == 0.0 and self.env.hint(deals[i].task, level)]
             again = await table.play([self._hinted(deals[i], level) for i in stuck])
             for i, group in zip(stuck, again, strict=True):
                 groups[i] = group if rate(group) else groups[i]
         return groups
 
     def _hinted(self, deal: Deal, level: int) -> list[Episode]:
-        guidance = Guidance(hint=self.env.hint(deal.task, level), context=self.declared.context) if level else None
+        hint = self.env.hint(deal.task, level) if level else ""
+        guidance = Guidance(hint=hint, context=self.declared.context) if hint else None
         return deal.episodes(self.size, guidance, hint=str(level))
 
 
@@ -88,7 +93,7 @@ class HintedRejection(Strategy[declare.HintedRejection]):
     def _hinted(self, deal: Deal, count: int) -> list[Episode]:
         level = self.declared.level
         guidance = Guidance(hint=self.env.hint(deal.task, level), context=self.declared.context)
-        return deal.episodes(count, guidance, hint=str(level))
+        return deal.episodes(count, guidance, hint=str(level)) if guidance.hint else []
 
 
 def accepted(found: Sequence[Sample]) -> Group:

@@ -19,7 +19,7 @@ class ForcedMode(Strategy[declare.ForcedMode]):
 
     def check(self) -> None:
         d = self.declared
-        self.forced = int(d.share * self.size)
+        self.forced = int(d.share * self.size) if 0 < d.share <= 1 else 0
         if not (0 < self.forced <= self.size and d.begin and d.reference >= 0):
             raise ConfigError(
                 f"strategy.share = {d.share} of rollout.group_size = {self.size} forces {self.forced} members to begin "

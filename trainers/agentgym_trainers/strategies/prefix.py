@@ -32,7 +32,7 @@ class Prefix(Strategy[declare.Prefix]):
             or list(d.checkpoints) != sorted(d.checkpoints)
         ):
             raise ConfigError(f"strategy.checkpoints are rising shares between 0 and 1; got {list(d.checkpoints)}")
-        self.oracle, self.guided = rungs[d.oracle], int(d.guided * self.size)
+        self.oracle, self.guided = rungs[d.oracle], int(d.guided * self.size) if 0 < d.guided <= 1 else 0
         if not 1 <= self.guided <= self.size or d.probes < 1:
             raise ConfigError(
                 f"strategy.guided = {d.guided} of rollout.group_size = {self.size} guides {self.guided} members, and "
