@@ -45,7 +45,7 @@ def run_train(options: Namespace) -> int:
 def _resolved(preset: presets.Table, settings: Sequence[str]) -> tuple[Any, Any]:
     """The trainer that the settings or the preset name, and its config; how layers combine is the trainer's affair."""
     named = presets.parse_settings(settings).get("trainer", preset.pop("trainer", DEFAULT))
-    trainer = registry.load(named, "trainers")
+    trainer = registry.load(str(named), "trainers")
     return trainer, trainer.resolve(preset, [s for s in settings if s.partition("=")[0].strip() != "trainer"])
 
 
