@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from agentgym.errors import ConfigError, RecordError, unknown
-from agentgym.rewards import Declaration, by_turn, composer
+from agentgym.rewards import Composer, Declaration, carried, composer, turn_of
 from agentgym.seeding import key
 from agentgym.types import Columns, Trajectory, Turn, iterate
 
@@ -111,6 +111,9 @@ def logged(
 
     `target` gives the target's log-prob of every turn's action. `behaviour` stands for the recorded log-probs of the
     distribution that was sampled from. Raises `RecordError` where those are missing or say probability 0.
+
+    A decision's reward is weighed by the decisions up to the turn whose step brought it. Of a `reward` that is no sum
+    over lines (a gate, a product) no part is known before the end, so all of it counts for the last turn.
     """
     good = [i for i, t in enumerate(trajectories) if t.status != "failed"]
     if not good:
@@ -121,16 +124,29 @@ def logged(
     for t, m, p in zip(kept, mu, pi, strict=True):
         _check(m, p, f"{t.episode.id}: turn")
     compose = composer(reward)
-    composed = [compose.trajectory(t) for t in kept]
+    paid = [_paid(compose, t) for t in kept]
     return Logged(
         ratios=_padded([p - m for p, m in zip(pi, mu, strict=True)]),
-        rewards=_padded([by_turn(c, t) for c, t in zip(composed, kept, strict=True)]),
-        base=np.asarray([c.base for c in composed]),
+        rewards=_padded([by_turn for by_turn, _ in paid]),
+        base=np.asarray([base for _, base in paid]),
         tasks=np.unique([t.task.id for t in kept], return_inverse=True)[1],
         q=None if q is None else _padded(_rows(trajectories, good, q)),
         v=None if v is None else _padded(_rows(trajectories, good, v)),
         failed=len(trajectories) - len(good),
     )
+
+
+def _paid(compose: Composer, trajectory: Trajectory) -> tuple[Matrix, float]:
+    """(reward by the turn from which it was certain [turns], what belongs to no decision)."""
+    composed, found = compose.trajectory(trajectory), np.zeros(len(trajectory.turns))
+    if compose.additive:
+        certain = turn_of(trajectory, composed.extra)
+        brought = [i for i, _ in carried(trajectory)]
+        certain[: len(brought)] = np.maximum(certain[: len(brought)], brought)
+        np.add.at(found, certain, composed.shares)
+        return found, composed.base
+    found[-1:] = composed.value
+    return found, 0.0 if len(found) else composed.value
 
 
 def recorded(trajectory: Trajectory) -> Matrix:

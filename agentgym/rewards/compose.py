@@ -47,7 +47,8 @@ class Composed(NamedTuple):
 
 class Composer:
     """A compiled declaration. `names` are the terms it reads, `derived` those of them that are worked out (see
-    `agentgym.rewards.derived`); with `debug` every call checks the reconciliation."""
+    `agentgym.rewards.derived`); `additive`: every line counts by itself, whatever else is in the ledger. With `debug`
+    every call checks the reconciliation."""
 
     def __init__(self, declaration: Declaration, *, debug: bool | None = None) -> None:
         builder = Builder(OPS)
@@ -57,6 +58,9 @@ class Composer:
         self._apart = frozenset(name for watcher in self._watchers for name in watcher.names)
         self.names = tuple(dict.fromkeys(leaf.name for leaf in self._leaves if leaf.name is not None))
         self.derived = tuple(name for name in self.names if name.startswith(DERIVED))
+        self.additive = not builder.choices and all(
+            leaf.slope is not None and not leaf.default for leaf in self._leaves
+        )
         self.debug = os.environ.get("AGENTGYM_DEBUG") == "1" if debug is None else debug
 
     def compose(self, terms: Iterable[RewardTerm]) -> Composed:

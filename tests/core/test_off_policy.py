@@ -12,6 +12,7 @@ from making import span
 
 from agentgym.errors import ConfigError, RecordError, UnknownName
 from agentgym.evaluation import Logged, effective, estimate, logged, weights
+from agentgym.rewards import composer
 from agentgym.types import (
     Action,
     Array,
@@ -142,6 +143,38 @@ def test_unbiased_by_enumeration(method: Any, wrong: float) -> None:
     assert np.dot(found, chance) == pytest.approx(truth, abs=1e-12)
     if method == "doubly_robust" and not wrong:
         assert np.ptp(found) == pytest.approx(0.0, abs=1e-9)
+
+
+SECOND_FIRST = [
+    {"op": "product", "of": ["b", "a"]},
+    {"op": "gate", "when": "b", "at_least": 1, "then": "a", "otherwise": -1.0},
+    {"op": "min", "of": ["b", 0.5]},
+    {"op": "term", "name": "seen", "default": 5.0},
+    {"op": "weighted_sum", "of": {"a": 1.0, "late": 2.0}},
+]
+"""Rewards whose share of the first turn hangs on what the second one decides, or whose base does."""
+
+
+@pytest.mark.parametrize("reward", SECOND_FIRST, ids=lambda d: d["op"])
+def test_a_reward_that_is_no_sum_over_turns_is_unbiased_too(reward: Any) -> None:
+    found, chance, truth = [], [], 0.0
+    for a, b in itertools.product((0, 1), repeat=2):
+        amounts = {0: {"a": 1.0 + a}, 1: {"b": float(b), **({"seen": 1.0} if b else {})}}
+        late = RewardTerm(name="late", value=float(b), turn=0)  # about the first turn, and known after the second
+        turns = [
+            Turn(
+                step=k,
+                observation=Observation(),
+                action=Action(span=span([1], logprobs=Floats([float(np.log(MU2[k, x]))]))),
+                rewards=tuple(RewardTerm(name=n, value=v, turn=k) for n, v in amounts[k].items()) + (late,) * k,
+            )
+            for k, x in enumerate((a, b))
+        ]
+        t = spoken(*turns)
+        found.append(estimate(logged([t], [np.log([PI2[0, a], PI2[1, b]])], reward=reward), "ips").value)
+        chance.append(MU2[0, a] * MU2[1, b])
+        truth += PI2[0, a] * PI2[1, b] * composer(reward).trajectory(t).value
+    assert np.dot(found, chance) == pytest.approx(truth, abs=1e-6)
 
 
 def test_clipping_is_biased_and_self_normalising_bounded() -> None:
