@@ -11,7 +11,7 @@ from torch import Tensor
 from agentgym.errors import RecordError
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.custom import call
-from agentgym_trainers.objective.tokens import Tokens, Totals, greatest, needed, per_sequence, pool
+from agentgym_trainers.objective.tokens import Tokens, Totals, needed, per_sequence
 
 
 def aggregate(declared: Any, x: Tensor, t: Tokens, total: Totals) -> Tensor:
@@ -63,8 +63,10 @@ def segment_parts(
         return later, ("first", "rest")
     if declared.by == "turn":
         turns = needed(turn, "turn")
-        last = greatest(turns, sequence, int(sequence[-1]) + 1 if len(sequence) else 0)
-        return (turns == last[sequence]).to(sequence.dtype), ("earlier", "last")
+        ends = torch.searchsorted(sequence, sequence.unique_consecutive(), right=True) - 1
+        counts = ends.diff(prepend=ends.new_tensor([-1]))
+        last = turns[ends].repeat_interleave(counts, output_size=len(turns))
+        return (turns == last).to(sequence.dtype), ("earlier", "last")
     if declared.weights and labels == ("",) and len(sequence):
         raise RecordError(
             f"segments are weighed by label ({', '.join(declared.weights)}), and no token carries one; let the engine "
@@ -86,7 +88,7 @@ def count_parts(
 def _segments(d: declare.Segments, x: Tensor, t: Tokens, total: Totals) -> Tensor:
     index, names = segment_parts(d, t.turn, t.segment, t.sequence, t.labels)
     scale = [d.weights.get(name, 1.0) / max(total.parts.get(name, 0), 1) for name in names]
-    return pool(x, index, len(names), mean=False) @ x.new_tensor(scale)
+    return (x * x.new_tensor(scale).index_select(0, index)).sum()
 
 
 AGGREGATIONS: dict[type[declare.Kind], Callable[[Any, Tensor, Tokens, Totals], Tensor]] = {

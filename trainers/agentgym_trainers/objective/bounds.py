@@ -31,8 +31,9 @@ def adapted(declared: declare.Adaptive, ratio: Tensor, advantages: Tensor) -> tu
     """
     ratio, advantages = ratio.double(), advantages.double()
     lows, highs = _grid(*declared.low, declared.step[0]), _grid(*declared.high, declared.step[1])
-    positive = _positive(ratio, advantages.clamp(min=0.0), highs, declared.count)
-    negative = _negative(ratio, -advantages.clamp(max=0.0), lows, declared.count)
+    up, down = advantages > 0, advantages < 0
+    positive = _positive(ratio[up], advantages[up], highs, declared.count)
+    negative = _negative(ratio[down], -advantages[down], lows, declared.count)
     path = [(i, 0) for i in range(len(lows))] + [(len(lows) - 1, j) for j in range(1, len(highs))]
     for i, j in path:
         against = negative[i] + (positive[j] if declared.balance == "share" else 0.0)

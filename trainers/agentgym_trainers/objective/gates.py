@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -185,7 +186,8 @@ def _log_clipped(gate: declare.LogClip, t: Tokens, parts: Parts) -> Held:
 
 def _over_budgets(gate: declare.LevelsClip, t: Tokens, parts: Parts) -> Held:
     pairs = [*zip(_residual(gate, parts), gate.budgets, strict=True)]
-    up, down = (torch.stack([sign * log > budget for log, budget in pairs]).any(0) for sign in (1, -1))
+    over = [(log > budget, log < -budget) for log, budget in pairs]
+    up, down = (reduce(torch.logical_or, side) for side in zip(*over, strict=True))
     return up, down
 
 

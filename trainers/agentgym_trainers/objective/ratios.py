@@ -84,7 +84,7 @@ def _turn(declared: declare.TurnProduct, t: Tokens) -> Parts:
 def geometric(t: Tokens) -> Tensor:
     """log of the geometric mean over the sequence [M], in token form, at most 10 (verl)."""
     mean = per_token(per_sequence((t.logp - t.old).detach(), t, mean=True), t)
-    return token_form(mean, t).clamp(max=10.0)
+    return within(token_form(mean, t), -torch.inf, 10.0)
 
 
 def _sequence(declared: declare.Geometric, t: Tokens) -> Parts:

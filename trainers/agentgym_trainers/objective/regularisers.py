@@ -13,7 +13,7 @@ from agentgym_trainers.objective.tokens import Tokens, needed, per_token, within
 
 
 def _k3(gap: Tensor) -> Tensor:
-    return gap.exp() - gap - 1.0
+    return gap.expm1() - gap
 
 
 KLS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,21 @@ def per_sequence(x: Tensor, t: Tokens, *, mean: bool) -> Tensor:
 
 def per_token(x: Tensor, t: Tokens) -> Tensor:
     """What each sequence has [S], given to its tokens: [M]."""
-    return x.index_select(0, t.sequence)
+    found: Tensor = _PerToken.apply(x, t)
+    return found
+
+
+class _PerToken(torch.autograd.Function):
+    """`x[t.sequence]`, whose derivative uses that a sequence's tokens lie together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tokens) -> Tensor:
+        ctx.t = t
+        return x.index_select(0, t.sequence)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        return per_sequence(slope, ctx.t, mean=False), None
 
 
 def within(x: Tensor, low: float, high: float) -> Tensor:
