@@ -112,7 +112,8 @@ def _turn_difference(old: Turn | None, new: Turn | None, now: Trajectory) -> str
         return "ending: the recording ends here, the replay goes on"
     if (old.step, old.agent) != (new.step, new.agent):
         return f"who acts: recorded {old.agent!r} in step {old.step}, now {new.agent!r} in step {new.step}"
-    return _observation_difference(old.observation, new.observation) or _reward_difference(old.rewards, new.rewards)
+    paid = tuple(term for term in old.rewards if term.by == "environment")
+    return _observation_difference(old.observation, new.observation) or _reward_difference(paid, new.rewards)
 
 
 def _ending_difference(before: Trajectory, now: Trajectory) -> str:

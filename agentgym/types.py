@@ -281,7 +281,8 @@ class RewardTerm(Record, frozen=True, kw_only=True):
     """One line of the ledger: a named amount at its level. Stored unchanged; composers read it, nothing rewrites it.
 
     `turn` is filled in by the runner. `segment` gives the sampled tokens [start, stop) of that turn for levels
-    "token" and "segment". `cause` is "policy", or "world" for what the policy did not bring about.
+    "token" and "segment". `cause` is "policy", or "world" for what the policy did not bring about. `by` says who wrote
+    the line: the environment, which a replay asks again, or a judge that read the finished trajectory.
     """
 
     name: str
@@ -291,6 +292,7 @@ class RewardTerm(Record, frozen=True, kw_only=True):
     agent: str = ""
     segment: tuple[int, int] | None = None
     cause: Literal["policy", "world"] = "policy"
+    by: Literal["environment", "judge"] = "environment"
 
 
 class StepResult(Record, frozen=True, kw_only=True):

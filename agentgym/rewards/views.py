@@ -93,7 +93,7 @@ def with_terms(trajectory: Trajectory, terms: Iterable[RewardTerm]) -> Trajector
         at = len(turns) - 1 if term.turn < 0 else term.turn
         if not 0 <= at < len(turns):
             raise RecordError(f"reward term {term.name!r} names turn {at}, {trajectory.episode.id} has {len(turns)}")
-        turns[at] = turns[at].replace(rewards=(*turns[at].rewards, term.replace(turn=at)))
+        turns[at] = turns[at].replace(rewards=(*turns[at].rewards, term.replace(turn=at, by="judge")))
     richer: Trajectory = trajectory.replace(turns=Turns(items=tuple(turns)))
     return richer
 

@@ -11,6 +11,7 @@ import agentgym
 from agentgym.env import Environment
 from agentgym.policy import Scripted
 from agentgym.replay import replay, replaying
+from agentgym.rewards.judges import judged, rule
 from agentgym.rollout import Limits, Runner, episodes
 from agentgym.testing.fakes import CountingEnv, FakePolicy, FlakyEnv, SimulatedPolicy
 from agentgym.types import (
@@ -40,6 +41,19 @@ def test_an_episode_replays_also_after_the_disk() -> None:
     assert report
     assert str(report) == "counting-v0: same, 8 turns, terminated"
     assert list(report.played.rewards) == list(stored.rewards)
+
+
+async def test_what_judges_added_is_not_asked_of_the_environment() -> None:
+    env = CountingEnv()
+    (stored,) = await judged(
+        rule("nice", lambda t: 1.0), await Runner(env, SimulatedPolicy()).collect(islice(episodes(env.tasks()), 1))
+    )
+    assert [term.name for term in stored.rewards if term.by == "judge"] == ["nice"]
+    assert (await replaying(decode(encode(stored), Trajectory), env)).same
+    last = stored.turns.items[-1]  # type: ignore[union-attr]
+    forged = last.replace(rewards=tuple(term.replace(by="environment") for term in last.rewards))
+    changed = stored.replace(turns=Turns(items=(*stored.turns.items[:-1], forged)))  # type: ignore[union-attr]
+    assert "reward: recorded nice = 1.0" in (await replaying(changed, env)).difference
 
 
 async def test_it_replays_inside_a_running_loop() -> None:
