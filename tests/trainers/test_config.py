@@ -12,10 +12,19 @@ from toys import BanditEnv, register, table
 from agentgym import registry
 from agentgym.errors import ConfigError
 from agentgym_trainers.config import from_table, resolve
+from agentgym_trainers.critic import CriticConfig
 from agentgym_trainers.loop import PolicyGradient
 from agentgym_trainers.objective.declare import Clip, Objective, Soft
 from agentgym_trainers.strategies.declare import Plain
 
+BARE = {"ratio": {"kind": "none"}, "gate": {"kind": "none"}}
+BATCH = {"key": "batch"}
+GAE = {"key": "none", "centre": "none", "scale": "none", "credit": "gae"}
+DISCRIMINATIVE = {
+    **BARE,
+    "aggregation": {"kind": "seq_mean_token_mean"},
+    "contrast": {"kind": "discriminative"},
+}
 SHAPED = {"op": "potential", "name": "phi", "gamma": 0.9}
 
 
@@ -53,12 +62,61 @@ SHAPED = {"op": "potential", "name": "phi", "gamma": 0.9}
         ({"objective": {"regularisers": [{"kind": "distillation"}]}}, r"model\.teacher"),
         ({"sft": {"objective": {"gate": {"kind": "clip"}}}}, r"sft\.objective\.proximal"),
         ({"sft": {"objective": {"proximal": "learner", "regularisers": [{"kind": "kl"}]}}}, "no reference"),
+        ({"sft": {"objective": {**BARE, "regularisers": [{"kind": "sft"}]}}}, "bring no rewards"),
+        ({"sft": {"batch": 0}}, r"sft\.batch is at least 1; got 0"),
+        ({"run": {"steps": -1}}, r"run\.steps is at least 0; got -1"),
+        ({"warmup": {"length": [3, 2]}}, r"warmup\.length"),
+        ({"sampling": {"temperature": 0.0}}, r"temperature = 0 draws nothing"),
+        ({"sampling": {"temperature": float("nan")}}, r"sampling\.temperature"),
+        ({"sampling": {"top_p": 0.0}}, "top_p in"),
+        ({"rollout": {"group_size": 1}, "run": {"algorithm": "preference"}}, "no pair"),
+        ({"rollout": {"group_size": 1, "drop_equal": True}, "advantage": [BATCH]}, "leave out everything"),
+        ({"rollout": {"drop_equal": True}, "advantage": [BATCH]}, "none of them compares within a prompt"),
+        ({"strategy": {"kind": "dynamic_filter"}, "advantage": [BATCH]}, "dynamic_filter leaves out groups"),
+        ({"preference": {"loss": {"kind": "dpo", "beta": 0.5}}}, r"\[preference\] is read where run\.algorithm"),
+        ({"candidates": {"cap": 5.0}}, r"\[candidates\] is read where run\.algorithm"),
+        ({"critic": {"lr": 0.1}}, r"\[critic\] is at work where"),
+        ({"objective": DISCRIMINATIVE, "advantage": [BATCH]}, r"\[\[advantage\]\] is not read"),
+        ({"advantage": [GAE, {**GAE, "gamma": 0.9}]}, "one critic"),
+        ({"strategy": {"kind": "forced_mode"}, "objective": BARE}, "begins replies for the policy"),
+        ({"strategy": {"kind": "forced_mode"}, "objective": {"proximal": "learner"}}, "or a behaviour correction"),
+        (
+            {"strategy": {"kind": "hint_levels", "context": "original"}, "objective": BARE},
+            "without their hint.*context = 'sampled'",
+        ),
+        ({"objective": {"source": {"kind": "layer", "layer": 9}}}, "layer 9 of a model of 3 layers"),
+        ({"objective": {"gate": {"kind": "custom", "target": "no.such:gate"}}}, "no function at target"),
     ],
 )
 def test_what_is_wrong_is_named(sections: dict[str, Any], said: str) -> None:
     whole: dict[str, Any] = {"env": {"id": "bandit-v0"}} | sections
     with pytest.raises((ConfigError, LookupError), match=said):
         from_table(whole)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"rollout": {"group_size": 1}, "advantage": [{"centre": "given"}]},
+        {"rollout": {"group_size": 1}, "strategy": {"kind": "contrastive"}},
+        {"rollout": {"group_size": 1}, "run": {"algorithm": "best_of_n"}},
+        {"sampling": {"temperature": 0.0}, "run": {"steps": 0}},
+        {"preference": {"loss": {"kind": "rpo"}}, "run": {"algorithm": "expert_iteration"}},
+        {"strategy": {"kind": "forced_mode"}, "run": {"algorithm": "best_of_n"}, "objective": BARE},
+        {"strategy": {"kind": "forced_mode"}, "objective": {**BARE, "behaviour": [{"kind": "truncate"}]}},
+        {"strategy": {"kind": "hint_levels", "context": "sampled"}, "objective": BARE},
+        {"rollout": {"drop_equal": True}, "advantage": [BATCH, {}]},
+    ],
+)
+def test_what_can_be_meant_is_not_refused(sections: dict[str, Any]) -> None:
+    from_table({"env": {"id": "bandit-v0"}, **sections})
+
+
+def test_a_method_without_a_critic_takes_the_preset_s_away() -> None:
+    base = {**table(critic={"lr": 0.1}), "advantage": [GAE]}
+    assert resolve(base).critic.lr == 0.1
+    assert resolve(base, ["method=grpo"]).critic == CriticConfig()
+    assert resolve({**base, "method": "ppo"}).critic.lr == 0.1
 
 
 def test_overrides_are_toml_values_and_the_table_comes_back(tmp_path: Path) -> None:

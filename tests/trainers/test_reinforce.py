@@ -11,7 +11,7 @@ import tomli_w
 from safetensors.torch import load_file
 from toys import BanditEnv, register, table
 
-from agentgym.errors import ConfigError
+from agentgym.errors import ConfigError, Fault
 from agentgym.store import load_run
 from agentgym_trainers.config import Config, from_table, resolve
 from agentgym_trainers.loop import PolicyGradient
@@ -131,6 +131,25 @@ def test_a_multiplier_rises_while_its_constraint_is_broken(tmp_path: Path) -> No
         expected = max(expected + 0.05 * (cost - 3.0), 0.0)
         assert line["multiplier.length"] == pytest.approx(expected, abs=1e-9)
     assert found[-1]["multiplier.length"] > 0.0
+
+
+def test_a_multiplier_also_learns_from_groups_that_are_left_out(tmp_path: Path) -> None:
+    """Every group is equal and none is learnt from: the constraint that all of them break is priced all the same."""
+    priced = {
+        "op": "lagrangian",
+        "of": {"op": "weighted_sum", "of": {"hit": 0.0}},
+        "constraints": {"length": {"cost": "policy.tokens", "multiplier": 0.0, "target": 1.0, "lr": 0.05}},
+    }
+    declared = config(reward=priced, rollout={"drop_equal": True}, run={**QUIET["run"], "steps": 1})
+    summary = PolicyGradient.train(declared, tmp_path / "run")
+    assert summary.counts["equal"] == 32
+    assert lines(tmp_path / "run")[0]["multiplier.length"] > 0.0
+
+
+def test_an_update_of_failures_says_so_whatever_the_reward_reads(tmp_path: Path) -> None:
+    broken = config(reward=KL_PAID, env={"broken": True}, sft={"steps": 0})
+    with pytest.raises(Fault, match="the lever is stuck"):
+        PolicyGradient.train(broken, tmp_path / "run")
 
 
 def test_a_teacher_is_loaded_from_its_folder(tmp_path: Path) -> None:

@@ -20,17 +20,17 @@ import msgspec
 from agentgym import registry
 from agentgym.advantages import Term
 from agentgym.env import Environment
-from agentgym.errors import AgentGymError, ConfigError, unknown
+from agentgym.errors import ConfigError, unknown
 from agentgym.presets import Table, merge, parse_settings, read_preset, read_toml
-from agentgym.rewards import check_gamma, composer, judges
 from agentgym.rollout import Limits
 from agentgym.types import Sampling
 from agentgym_trainers import methods
 from agentgym_trainers.candidates.declare import InTRO
 from agentgym_trainers.critic import CriticConfig
 from agentgym_trainers.learner import Optim
-from agentgym_trainers.objective.declare import IMITATION, Clip, Distillation, Objective, Struct
+from agentgym_trainers.objective.declare import IMITATION, Clip, Objective, Struct
 from agentgym_trainers.preference.declare import Preference
+from agentgym_trainers.refusals import check
 from agentgym_trainers.strategies.declare import Plain, Strategy
 
 Algorithm = Literal["policy_gradient", "preference", "candidates", "best_of_n", "expert_iteration"]
@@ -196,7 +196,7 @@ def resolve(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (
     return from_table(table)
 
 
-AXES = ("strategy", "advantage", "whiten", "objective", "preference", "candidates")
+AXES = ("strategy", "advantage", "whiten", "objective", "critic", "preference", "candidates")
 """Sections that a method replaces whole, also those that it leaves at their defaults."""
 
 
@@ -224,7 +224,7 @@ def from_table(table: Mapping[str, Any]) -> Config:
         config = msgspec.convert(table, Config, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{error}".replace(" - at `$.", " (at ").replace("`", ")")) from error
-    _check(config)
+    check(config)
     return config
 
 
@@ -270,37 +270,3 @@ def _member(value: Any, kinds: Sequence[Any], path: str) -> Any:
 
 def _is_struct(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-
-
-def _check(config: Config) -> None:
-    """What no single section can see."""
-    if not isinstance(config.env.get("id"), str):
-        raise ConfigError('env.id is missing: write [env] id = "shopping-v0" (see `agentgym list`)')
-    r, run = config.rollout, config.run
-    if min(r.tasks_per_step, r.group_size, r.slots, run.checkpoint_every, run.keep) < 1 or run.steps < 0:
-        raise ConfigError("tasks_per_step, group_size, slots, checkpoint_every and keep are at least 1, steps 0")
-    if r.max_staleness != 0:
-        raise ConfigError(f"rollout.max_staleness = {r.max_staleness}: this loop is synchronous; set it to 0")
-    if r.group_size == 1 and any("prompt" in term.parts and term.singleton == "zero" for term in config.advantage):
-        raise ConfigError("a group of one has no baseline: set rollout.group_size above 1, or an advantage key 'batch'")
-    if config.objective.find(Distillation) and not config.model.teacher:
-        raise ConfigError("distillation needs a teacher: set model.teacher to the folder of a model in hub format")
-    warm = config.sft.objective
-    if warm.needs_sampler or warm.needs_reference or warm.find(Distillation):
-        raise ConfigError(
-            "demonstrations bring no log-probs of a sampler, no reference and no teacher: set sft.objective.proximal "
-            "to 'learner', and drop behaviour corrections, KL and distillation"
-        )
-    judges.declared(config.judge)
-    if config.reward:
-        composer(config.reward)
-    for term in config.advantage:
-        if term.credit == "return_to_go":
-            _gamma(config.reward, term.gamma)
-
-
-def _gamma(reward: Mapping[str, Any], gamma: float) -> None:
-    try:
-        check_gamma(reward, gamma)
-    except AgentGymError as error:
-        raise ConfigError(f"advantage.gamma: {error}") from error

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from agentgym import registry
 from agentgym.errors import ConfigError
 from agentgym.modeling.build import check_folder
+from agentgym.rewards import composer
 from agentgym_trainers.config import Config
 from agentgym_trainers.objective.declare import Perception
 from agentgym_trainers.reinforce import needs_initial
@@ -109,7 +110,7 @@ def _memory(config: Config, shape: dict[str, float]) -> dict[str, float]:
         "activations": size * rows * shape["hidden"] * shape["layers"] * 24 * passes,
         "logits": 4 * min(rows, 1024) * shape["vocabulary"] * 3,
     }
-    if needs_initial(config):
+    if needs_initial(config, composer(config.reward).derived if config.reward else ()):
         found["reference"] = size * count
     if config.model.teacher:
         found["teacher"] = size * _read_shape(config.model.teacher)["parameters"]

@@ -124,7 +124,7 @@ class Reinforcement:
         """Credit for what is admitted at this version of the weights, then every optimiser step of the update."""
         samples = self.buffer.take(groups, version)
         found = self._update(samples) if samples else {}
-        return {**found, **self._price(samples)}
+        return {**found, **self._price([sample for group in groups for sample in group])}
 
     def _update(self, samples: Sequence[Sample]) -> Figures:
         if isinstance(self.learner, PairLearner):
@@ -151,7 +151,8 @@ class Reinforcement:
         return credit, self.critic.update(states, critic_targets(held, config.gae, values=values))
 
     def _price(self, samples: Sequence[Sample]) -> Figures:
-        """Move the reward's multipliers by what its constraints cost; the rollouts' reward is the new one."""
+        """Move the reward's multipliers by what its constraints cost, in groups that are left out too; the rollouts'
+        reward is the new one."""
         if not self.multipliers.state():
             return {}
         ledgers = [(*s.trajectory.rewards, *s.reward.extra) for s in samples if s.reward]

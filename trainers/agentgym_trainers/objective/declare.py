@@ -513,6 +513,13 @@ class Objective(Struct, frozen=True, kw_only=True):
         return self.reads_sampler or bool(self.behaviour) or bool(self.customs)
 
     @property
+    def needs_reward(self) -> bool:
+        """Whether the composed reward of a trajectory is read in the loss itself."""
+        return isinstance(self.contrast, Discriminative) or any(
+            isinstance(r, Sft | Distillation) for r in self.regularisers
+        )
+
+    @property
     def bypass(self) -> bool:
         """Whether nothing stands between policy and sampler, neither a ratio nor a proximal policy: corrections then
         compare the policy itself with the sampler, w = sg(pi) / pi_sampler."""

@@ -10,6 +10,7 @@ pi_t the policy as it was when the update began; D(pi, ref) = log pi/ref (y+) - 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from agentgym.errors import ConfigError
@@ -145,8 +146,9 @@ def check(p: Preference) -> None:
     for kind in (p.loss, p.pairs):
         for name in kind.__struct_fields__:
             value = getattr(kind, name)
-            if isinstance(value, float | int) and not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} of {kind.kind!r} is a finite number from 0; got {value}")
+            least = -math.inf if name == "at_least" else 0.0
+            if isinstance(value, float | int) and not (math.isfinite(value) and value >= least):
+                raise ConfigError(f"{name} of {kind.kind!r} is a finite number{' from 0' * (least == 0)}; got {value}")
     scale = p.loss.eta if isinstance(p.loss, INPO | DNO) else p.loss.beta
     if not scale:
         raise ConfigError(f"{'eta' if isinstance(p.loss, INPO | DNO) else 'beta'} of {p.loss.kind!r} is above 0; got 0")
