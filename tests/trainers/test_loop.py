@@ -196,6 +196,7 @@ def test_the_buffer_admits_what_may_be_learnt_from_and_counts_the_rest() -> None
 def test_best_of_takes_the_first_best_of_each_group() -> None:
     samples = [sample(0.1, "a"), sample(0.9, "a", 1), sample(0.9, "a", 2), sample(0.3, "b", 3)]
     assert best_of(samples) == [samples[1].trajectory, samples[3].trajectory]
+    assert best_of([sample(None, "a"), sample(-0.5, "a", 1), sample(None, "b", 2)]) == []
 
 
 def test_a_cursor_goes_on_where_it_was_and_begins_again() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from agentgym.errors import ConfigError, UnknownName
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.aggregations import totals
 from agentgym_trainers.objective.compute import loss, summarise
+from agentgym_trainers.objective.custom import resolve
 from agentgym_trainers.objective.declare import Objective
 from agentgym_trainers.objective.paths import get, put
 from agentgym_trainers.objective.ratios import ratio_of
@@ -357,6 +359,17 @@ def test_a_function_that_is_not_there_is_refused(target: str) -> None:
     o = Objective(gate=declare.Custom(target=target))
     with pytest.raises(ConfigError, match="target = "):
         value_of(o, tensors([row([0.0])]))
+
+
+@pytest.mark.parametrize(("text", "said"), [("def f(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError: division")])
+def test_a_module_that_does_not_load_is_refused(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"broken_piece_{said[:4].lower()}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"importing it raises {said}"):
+        resolve(f"{name}:f")
 
 
 # --- what cannot be meant ---------------------------------------------------------------------------------------

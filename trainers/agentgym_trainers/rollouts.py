@@ -173,5 +173,6 @@ def oldest(trajectory: Trajectory, default: int) -> int:
 def best_of(samples: Sequence[Sample]) -> list[Trajectory]:
     """The best member of each group (the first of equals) where it succeeded: what best-of-n imitates."""
     by_group = groupby(samples, key=lambda s: s.trajectory.episode.group)
-    best = (max(group, key=lambda s: s.reward.value if s.reward else 0.0).trajectory for _, group in by_group)
-    return [t for t in best if t.metrics.get("success", 1.0) > 0.0]
+    played = ([s for s in group if s.value is not None] for _, group in by_group)
+    best = (max(group, key=lambda s: s.value or 0.0) for group in played if group)
+    return [s.trajectory for s in best if s.success]

@@ -34,6 +34,8 @@ def resolve(target: str) -> Callable[..., Any]:
         found: Any = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"no function at target = {target!r} ({error}); it is 'package.module:function'") from error
+    except Exception as error:  # whatever a module of somebody else's does when it is imported
+        raise ConfigError(f"target = {target!r}: importing it raises {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"target = {target!r} is a {type(found).__name__}, not a function")
     return found
