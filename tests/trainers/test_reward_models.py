@@ -275,3 +275,30 @@ def test_examples_that_do_not_match_are_refused(tokenizer, tmp_path: Path) -> No
     against(tokenizer, lambda t: "", backbone=SMALL).save(tmp_path / "polar")
     with pytest.raises(ConfigError, match="scores against a reference"):
         RewardModel.load(tmp_path / "polar")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda tok: Ratings(["a", "b"], [[1.0], [float("inf")]]), "finite number, or None"),
+        (lambda tok: Ratings(["a", "b"], [[1.0], [1.0, 2.0]]), "as many labels"),
+        (lambda tok: Training(steps=0), "at least 1"),
+        (lambda tok: Training(lr=float("inf")), "lr is positive"),
+        (lambda tok: feedback(tok, backbone=SMALL).fit(Pairs(["w1"], ["w2"])), "fit it to Reactions"),
+        (lambda tok: heads(tok, ("a", "b"), backbone=SMALL).fit(Reactions(["w1"], [True])), "2 heads"),
+        (lambda tok: ensemble(tok, 0), "at least one member"),
+        (lambda tok: heads(tok, ()), "at least one"),
+        (lambda tok: calibration([1.5], [1]), "from 0 to 1"),
+        (lambda tok: calibration([float("nan")], [1]), "from 0 to 1"),
+        (lambda tok: accuracy([], []), "at least one"),
+    ],
+)
+def test_what_a_reward_model_cannot_learn_from_is_refused(tokenizer, wrong, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        wrong(tokenizer)
+
+
+def test_pairs_of_equal_texts_leave_the_scale_alone(tokenizer) -> None:
+    model = ensemble(tokenizer, 1, backbone=SMALL)
+    model.fit(Pairs(["w1"], ["w1"]), Training(steps=1))
+    assert np.abs(model.scores(["w1", "w2 w3"])).max() < 100.0

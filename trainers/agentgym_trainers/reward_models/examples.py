@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -86,6 +87,8 @@ class Reactions:
         return list(rows)
 
     def loss(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        if scores.shape[1] != 1:
+            raise ConfigError(f"a reaction says one thing of a text, and the model has {scores.shape[1]} heads")
         wanted = torch.tensor([[float(self.loved[i])] for i in rows], device=scores.device)
         return binary_cross_entropy_with_logits(scores, wanted)
 
@@ -100,6 +103,10 @@ class Ratings:
 
     def __post_init__(self) -> None:
         _alike("rows of labels", self.shown, self.labels)
+        if len({len(row) for row in self.labels}) > 1:
+            raise ConfigError("every text has as many labels as the others; write None for one that was not rated")
+        if not all(x is None or math.isfinite(x) for row in self.labels for x in row):
+            raise ConfigError("a label is a finite number, or None where a text was not rated")
 
     @property
     def texts(self) -> list[str]:

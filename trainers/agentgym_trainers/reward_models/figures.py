@@ -24,6 +24,8 @@ def calibration(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -
     p, y = np.asarray(probabilities, float), np.asarray(outcomes, float)
     if p.shape != y.shape or not p.size:
         raise ConfigError(f"{p.size} probabilities and {y.size} outcomes; there is one for each, and at least one")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ConfigError("a probability is from 0 to 1; take the sigmoid of scores first")
     place = np.minimum((p * bins).astype(int), bins - 1)
     counts = np.bincount(place, minlength=bins)
     sums = [np.bincount(place, weights, bins) for weights in (p, y)]
@@ -35,4 +37,6 @@ def calibration(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -
 def accuracy(chosen: ArrayLike, rejected: ArrayLike) -> float:
     """The share of pairs in which the chosen one scores higher; a tie counts half."""
     difference = np.asarray(chosen, float) - np.asarray(rejected, float)
+    if not difference.size:
+        raise ConfigError("no pair, no accuracy; there is at least one")
     return float(np.mean((difference > 0) + 0.5 * (difference == 0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -53,6 +54,10 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     decay: float = 0.01
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch) < 1 or not (0 < self.lr < math.inf and 0 <= self.decay < math.inf):
+            raise ConfigError(f"steps and batch are at least 1, lr is positive and decay at least 0; got {self}")
+
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
     """What a saved model is: the names of its terms, its members, and how a score is read."""
@@ -90,10 +95,10 @@ class Scorer(nn.Module):
         return (self.head(pooled) - self.shift) / self.scale
 
     def standardise(self, scores: Tensor) -> None:
-        """From now on scores like these [n, outputs] have mean 0 and deviation 1."""
-        spread = scores.std(0, correction=0).clamp(min=1e-6)
+        """From now on scores like these [n, outputs] have mean 0 and deviation 1 (0 where all are equal)."""
+        spread = scores.std(0, correction=0)
         self.shift += self.scale * scores.mean(0)
-        self.scale *= spread
+        self.scale *= torch.where(spread > 1e-6, spread, 1.0)
 
     def small(self) -> dict[str, Tensor]:
         """Everything but the backbone."""
@@ -122,9 +127,11 @@ class RewardModel:
         """Train every member, each in an order of its own; the losses of each member's steps.
 
         Pairs leave the zero and the scale of scores open, and members are compared with each other: their scores are
-        standardised over the texts of the pairs afterwards.
+        standardised over the texts of the pairs afterwards. So a probability is not learnt from pairs: `ConfigError`.
         """
         t = training or Training()
+        if examples.relative and self.about.probability:
+            raise ConfigError("pairs leave the zero of scores open, and a probability has one; fit it to Reactions")
         sequences = self.encode(examples.texts)
         losses = [list(self._train(k, sequences, examples, t)) for k in range(len(self.members))]
         if examples.relative:
@@ -234,6 +241,8 @@ def _scored(member: nn.Module, sequences: Sequence[NDArray[np.int32]], chunk: in
 def _model(
     tokenizer: Any, about: About, backbone: Backbone | None, seed: int, text: Callable[[Trajectory], str] = transcript
 ) -> RewardModel:
+    if not about.names:
+        raise ConfigError("a reward model has at least one member and one name; got none")
     outputs = len(about.names) // about.members
     seeds = [seeding.key(seed, "reward model", k) >> 33 for k in range(about.members)]
     made = backbone or Backbone()
