@@ -29,11 +29,10 @@ def adapted(declared: declare.Adaptive, ratio: Tensor, advantages: Tensor) -> tu
     With count = "value" a higher c_low makes N larger, although it takes the gradient from the tokens that it clips:
     so the released code counts.
     """
-    ratio, advantages = ratio.double(), advantages.double()
     lows, highs = _grid(*declared.low, declared.step[0]), _grid(*declared.high, declared.step[1])
-    up, down = advantages > 0, advantages < 0
-    positive = _positive(ratio[up], advantages[up], highs, declared.count)
-    negative = _negative(ratio[down], -advantages[down], lows, declared.count)
+    up, down = (side.nonzero().squeeze(1) for side in (advantages > 0, advantages < 0))
+    positive = _positive(ratio[up].double(), advantages[up].double(), highs, declared.count)
+    negative = _negative(ratio[down].double(), -advantages[down].double(), lows, declared.count)
     path = [(i, 0) for i in range(len(lows))] + [(len(lows) - 1, j) for j in range(1, len(highs))]
     for i, j in path:
         against = negative[i] + (positive[j] if declared.balance == "share" else 0.0)

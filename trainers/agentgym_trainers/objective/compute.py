@@ -1,4 +1,4 @@
-"""The composition: ratio -> gate -> behaviour weights -> aggregation -> regularisers; and its figures."""
+"""The composition: ratio -> gate -> behaviour weights -> regularisers -> aggregation; and its figures."""
 
 from __future__ import annotations
 

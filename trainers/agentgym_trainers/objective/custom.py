@@ -3,7 +3,8 @@
     ratio          (tokens) -> Parts
     gate           (tokens, parts) -> objective [M], to be maximised
     behaviour      (tokens, weights so far [M]) -> weights [M], without gradient
-    aggregation    (values [M], tokens, totals) -> scalar that adds up over micro-batches
+    aggregation    (values [M], to be maximised, regularisers subtracted; tokens, totals) -> scalar, linear in the
+                   values, that adds up over micro-batches
     regularisers   (tokens) -> penalty [M]
     contrast       (tokens) -> advantages [M], without gradient
 

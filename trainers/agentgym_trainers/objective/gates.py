@@ -46,16 +46,16 @@ def _none(gate: declare.NoGate, t: Tokens, parts: Parts) -> Tensor:
 
 def _clip(gate: declare.Clip, t: Tokens, parts: Parts) -> Tensor:
     """PPO (1707.06347) with separate bounds, and the dual clip for negative advantages (1912.09729)."""
-    found = _least(parts.ratio, gate.low, gate.high, t.advantages)
+    ratio = _pessimistic(parts.ratio, gate.low, gate.high, t.advantages)
     if gate.dual:
-        far = (t.advantages < 0) & (parts.ratio > gate.dual)
-        return found * ~far + gate.dual * t.advantages * far
-    return found
+        far = (t.advantages < 0) & (ratio > gate.dual)
+        ratio = ratio * ~far + gate.dual * far.to(ratio)
+    return ratio * t.advantages
 
 
-def _least(ratio: Tensor, low: float, high: float, a: Tensor) -> Tensor:
-    """min(rho A, clip(rho, 1 - low, 1 + high) A)."""
-    return _fixed(ratio, _stopped(ratio, low, high, a), 1 - low, 1 + high) * a
+def _pessimistic(ratio: Tensor, low: float, high: float, a: Tensor) -> Tensor:
+    """The ratio in min(rho A, clip(rho, 1 - low, 1 + high) A): [M]."""
+    return _fixed(ratio, _stopped(ratio, low, high, a), 1 - low, 1 + high)
 
 
 def _fixed(x: Tensor, held: Held, low: float, high: float) -> Tensor:
@@ -137,11 +137,11 @@ def _room(gate: declare.VariationBudget, t: Tokens, parts: Parts) -> Tensor:
 def _branch_clip(gate: declare.BranchClip, t: Tokens, parts: Parts) -> Tensor:
     def branch(ratio: Tensor, low: float, high: float) -> Tensor:
         if gate.pessimistic:
-            return _least(ratio, low, high, t.advantages)
-        return within(ratio, 1 - low, 1 + high) * t.advantages
+            return _pessimistic(ratio, low, high, t.advantages)
+        return within(ratio, 1 - low, 1 + high)
 
-    token, sequence = parts.each
-    return parts.weight * branch(token, *gate.token) + (1.0 - parts.weight) * branch(sequence, *gate.sequence)
+    token, sequence = branch(parts.each[0], *gate.token), branch(parts.each[1], *gate.sequence)
+    return (parts.weight * token + (1.0 - parts.weight) * sequence) * t.advantages
 
 
 GATES: dict[type[declare.Kind], Callable[[Any, Tokens, Parts], Tensor]] = {
