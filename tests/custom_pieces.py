@@ -43,3 +43,7 @@ def ones(t: Tokens) -> Tensor:
 def bonus(t: Tokens, parts: Parts) -> Tensor:
     assert t.entropy is not None
     return parts.ratio * t.advantages + 0.01 * t.entropy
+
+
+def lost(t: Tokens) -> Tensor:
+    return torch.full_like(t.logp, torch.nan)

@@ -284,3 +284,12 @@ def test_an_optimiser_that_cannot_be_meant_is_refused(given: dict[str, Any], sai
 
 def test_no_trajectories_have_no_log_ratios() -> None:
     assert exact(Objective(), 100).log_ratios([], REFERENCE) == []
+
+
+def test_a_loss_that_is_not_finite_is_refused_also_where_its_gradient_is() -> None:
+    lost = declare.CustomPenalty(target="custom_pieces:lost")
+    learner = Learner(Bare(), Objective(regularisers=(lost,)), Optim(), total_steps=1)
+    start = weights(learner).clone()
+    with pytest.raises(ModelError, match="the loss of optimiser step 0 is nan; the weights are as before it"):
+        learner.update(EPISODES, CREDIT)
+    assert torch.equal(weights(learner), start)

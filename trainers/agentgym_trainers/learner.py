@@ -211,6 +211,7 @@ class Learner:
         value, sums = (self._together if together else self._apart)(parts, total)
         figures = {"loss": value, "grad_norm": 0.0, "tokens": float(total.tokens), **summarise(sums, total)}
         figures |= numbers(self.objective)
+        self._require_finite("loss", value)
         figures["grad_norm"] = self.move()
         self.objective = controlled(self.objective, self.steps, figures)
         return figures
@@ -280,11 +281,7 @@ class Learner:
         """Sum the accumulated gradient over the ranks, clip, check and apply it; its norm before clipping."""
         ranks.sum_gradients(self.parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.clip or math.inf))
-        if not math.isfinite(norm):
-            raise ModelError(
-                f"the gradient of optimiser step {self.steps} is {norm}; the weights are as before it. Lower optim.lr "
-                f"(now {self.optim.lr:g}), and look for extreme advantages and log-probs in the last rollout"
-            )
+        self._require_finite("gradient", norm)
         for group in self.optimiser.param_groups:
             group["lr"] = self.optim.rate(self.steps, self.total_steps)
         pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
@@ -296,6 +293,13 @@ class Learner:
                 p.copy_(m)
         self.steps += 1
         return norm
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ModelError(
+                f"the {what} of optimiser step {self.steps} is {value}; the weights are as before it. Lower optim.lr "
+                f"(now {self.optim.lr:g}), and look for extreme advantages and log-probs in the last rollout"
+            )
 
     # --- state ---
 

@@ -2,6 +2,7 @@
 
     declare.py       the tables and their options                           (no torch)
     refusals.py      what cannot be meant                                   (no torch)
+    paths.py         numbers by their dotted path, for controllers          (no torch)
     tokens.py        what a loss sees: the trained tokens of a step
     ratios.py        policy / proximal policy, in parts                      S3
     gates.py         how far an update may push; bounds.py finds the bounds  S4
