@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agentgym.cli.arguments import COMMANDS, parser
+from agentgym.cli.arguments import parser
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,8 +39,8 @@ def lines() -> list[str]:
 
 @pytest.mark.parametrize("line", lines())
 def test_commands_parse(line: str) -> None:
+    """Also those of plugins; the parser refuses a command that there is not."""
     words = shlex.split(line, comments=True)[1:]
-    assert words[0] in COMMANDS
     parser(words).parse_args(words)
 
 
