@@ -89,7 +89,8 @@ def lesson(method: str, seed: int) -> dict[str, Any]:
     """One training run: the exact value of the policy after every update."""
     from agentgym.types import WeightsVersion
     from agentgym_trainers.exact.bigram import Model
-    from agentgym_trainers.exact.mdp import LESSON, environment
+    from agentgym_trainers.exact.mdp import environment
+    from agentgym_trainers.exact.worlds import LESSON
     from agentgym_trainers.reinforce import Reinforcement
 
     config = lesson_config(method, seed)
@@ -118,7 +119,8 @@ def lesson_config(method: str, seed: int) -> Any:
     from agentgym_trainers import methods
     from agentgym_trainers.config import resolve
     from agentgym_trainers.exact.composition import HINTED
-    from agentgym_trainers.exact.mdp import LESSON, environment
+    from agentgym_trainers.exact.mdp import environment
+    from agentgym_trainers.exact.worlds import LESSON
 
     if "exact-lesson-v0" not in registry.catalogue():
         registry.register("exact-lesson-v0", lambda: environment(LESSON))
@@ -135,14 +137,15 @@ def lesson_config(method: str, seed: int) -> Any:
 def first_policy() -> Any:
     import numpy as np
 
-    from agentgym_trainers.exact.mdp import LESSON
+    from agentgym_trainers.exact.worlds import LESSON
 
     return CAUTIOUS * np.eye(len(LESSON.actions))[[LESSON.actions.index("answer")] * len(LESSON.states)]
 
 
 def values_of(model: Any) -> list[float]:
     """The exact return: the mean over the two tasks, and what share of its best each has reached."""
-    from agentgym_trainers.exact.mdp import LESSON, log_policy
+    from agentgym_trainers.exact.mdp import log_policy
+    from agentgym_trainers.exact.worlds import LESSON
 
     value, best = LESSON.value(log_policy(model.theta(), LESSON.legal)), LESSON.best()
     starts = [LESSON.states.index(word) for word in LESSON.prompts]
@@ -151,10 +154,10 @@ def values_of(model: Any) -> list[float]:
 
 def estimated(method: str) -> dict[str, Any]:
     """Bias and signal of a step at the policy that every cell begins from, by enumeration."""
-    from agentgym_trainers.exact.certify import bias
     from agentgym_trainers.exact.composition import load
     from agentgym_trainers.exact.estimate import Lab
-    from agentgym_trainers.exact.mdp import LESSON
+    from agentgym_trainers.exact.measures import bias
+    from agentgym_trainers.exact.worlds import LESSON
 
     composition = load(method)
     if composition.outside:
@@ -199,7 +202,7 @@ def learnt(out: Path, method: str, seeds: int) -> list[dict[str, Any]]:
 
 
 def best_return() -> float:
-    from agentgym_trainers.exact.mdp import LESSON
+    from agentgym_trainers.exact.worlds import LESSON
 
     return LESSON.mean(LESSON.best())
 
@@ -447,8 +450,8 @@ Seed by seed, success in percent:
 
 Each was chosen for one question: Dr.GRPO leaves out the two normalisations that GRPO is caught in (and its KL); GiGPO
 and the turn baseline say in two ways which turn is owed what, one of them unbiased; DCPO changes what is learnt from,
-and was made for shopping. GiGPO's gamma is 1 here, that of the potential. Nothing was tuned for any of them; an interval that
-holds 0 says that no difference was seen.
+and was made for shopping. GiGPO's gamma is 1 here, that of the potential. Nothing was tuned for any of them; an
+interval that holds 0 says that no difference was seen.
 """
 
 

@@ -12,10 +12,13 @@ import pytest
 
 from agentgym.errors import ConfigError, DataError, UnknownName
 from agentgym_trainers.exact import certify as certificates
-from agentgym_trainers.exact.certify import TRAPS, Certificate, Verdict, report, run
+from agentgym_trainers.exact import measures
+from agentgym_trainers.exact.certify import Certificate, Verdict, report, run
 from agentgym_trainers.exact.composition import load
 from agentgym_trainers.exact.estimate import Lab
-from agentgym_trainers.exact.mdp import MDP, SCALES, STOPPING
+from agentgym_trainers.exact.mdp import MDP
+from agentgym_trainers.exact.traps import TRAPS
+from agentgym_trainers.exact.worlds import SCALES, STOPPING
 
 FILES = Path(__file__).resolve().parents[1] / "traps"
 SUM = {"ratio": {"kind": "none"}, "gate": {"kind": "none"}, "aggregation": {"kind": "seq_mean_token_sum"}}
@@ -108,7 +111,7 @@ def test_the_mean_of_a_turn_index_weighs_late_turns_less() -> None:
 def test_pairs_at_the_uniform_policy_give_the_weights_of_the_proof() -> None:
     """With two members the turn-index mean weighs turn k by P(the other one gets there) / 2: 1/2, 1/4, 1/8."""
     lab = Lab(load(FILES / "turn_mean.py"), STOPPING, members=2)
-    found = certificates.shares(lab.estimate(lab.mdp.legal * 0.0), 0)
+    found = measures.shares(lab.estimate(lab.mdp.legal * 0.0), 0)
     assert found == pytest.approx([0.5, 0.25, 0.125], abs=1e-12)
 
 
@@ -279,8 +282,8 @@ def test_bundles_labels_and_critics_are_enumerated() -> None:
 def alone(terms: list, mdp: MDP, **tables: object) -> float:
     """The relative bias in one world, at a policy that is not uniform."""
     composition = load({"advantage": terms, "objective": SUM, **tables})
-    theta = certificates.policies(mdp)[1]
-    return certificates.bias("", Lab(composition, mdp, members=2).estimate(theta)).relative
+    theta = measures.policies(mdp)[1]
+    return measures.bias("", Lab(composition, mdp, members=2).estimate(theta)).relative
 
 
 def test_groups_without_signal_dropped_or_refilled() -> None:

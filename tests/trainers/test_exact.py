@@ -17,7 +17,8 @@ from agentgym.types import Action, Observation, Sampling, WeightsVersion
 from agentgym_trainers.exact.bigram import Model
 from agentgym_trainers.exact.composition import load
 from agentgym_trainers.exact.estimate import Lab, gradient
-from agentgym_trainers.exact.mdp import FAULTY, MDP, SCALES, STALE, STOPPING, TOOL, WORLDS, environment, log_policy
+from agentgym_trainers.exact.mdp import MDP, environment, log_policy
+from agentgym_trainers.exact.worlds import FAULTY, SCALES, STALE, STOPPING, TOOL, WORLDS
 from agentgym_trainers.learner import Learner, Optim
 
 SUM = {"ratio": {"kind": "none"}, "gate": {"kind": "none"}, "aggregation": {"kind": "seq_mean_token_sum"}}

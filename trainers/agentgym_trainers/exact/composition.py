@@ -131,7 +131,7 @@ def _composed(
         attempts=attempts,
         refused=refused,
         outside=_outside(tables),
-        gaps=tuple(_gaps(strategy, objective)),
+        gaps=tuple(_gaps(tables, strategy, objective)),
         asides=tuple(_asides(objective, terms)),
     )
 
@@ -183,7 +183,9 @@ def _outside(tables: Mapping[str, Any]) -> str:
     return ""
 
 
-def _gaps(strategy: Strategy, objective: Objective) -> Iterator[str]:
+def _gaps(tables: Mapping[str, Any], strategy: Strategy, objective: Objective) -> Iterator[str]:
+    if tables.get("judge"):
+        yield "the judges: nobody judged the episodes"
     if isinstance(strategy, HINTED):
         yield f"the strategy {strategy.kind!r}: the worlds have no hints, so episodes were played without any"
     if isinstance(objective.source, declare.Layer):
@@ -205,6 +207,8 @@ def _asides(objective: Objective, terms: Sequence[Term]) -> Iterator[str]:
         yield "credit is discounted, and measured against the return that is not"
     if any(term.credit == "gae" for term in terms):
         yield "the critic knows the exact values"
+    if any(part.startswith("label:") for term in terms for part in term.parts):
+        yield "members take the values of the label in turn"
     if any(isinstance(term.transform, Risk) for term in terms):
         yield "quantiles are those of the step itself; the goal is a risk measure, and not the mean return"
     if any(isinstance(term.transform, PassAtK) for term in terms):

@@ -7,7 +7,8 @@ import numpy as np
 
 from agentgym_trainers.exact.composition import Composition
 from agentgym_trainers.exact.estimate import Lab, gradient
-from agentgym_trainers.exact.mdp import MDP, TOOL, Real, log_policy
+from agentgym_trainers.exact.mdp import MDP, Real, log_policy
+from agentgym_trainers.exact.worlds import TOOL
 
 LENGTH = 80
 """Steps of the flow; they are of length `STRIDE` first and shrink to nothing, so the path is about 24 long."""

@@ -7,7 +7,7 @@ actions, M trained tokens.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +25,7 @@ from agentgym.types import Batch, Episode, Trajectory, iterate
 from agentgym_trainers import strategies
 from agentgym_trainers.exact.composition import HINTED, Composition
 from agentgym_trainers.exact.mdp import MDP, Real, environment
+from agentgym_trainers.exact.worlds import WORLDS
 from agentgym_trainers.objective import compute
 from agentgym_trainers.objective.aggregations import totals
 from agentgym_trainers.objective.tokens import Tokens
@@ -58,10 +59,11 @@ class Laid(NamedTuple):
 
 
 class Pipeline:
-    """A composition in one world. `note` says where the world cannot pay what its reward reads."""
+    """A composition in one world. `notes` say what of it the world has not."""
 
     def __init__(self, composition: Composition, mdp: MDP) -> None:
-        self.composition, self.mdp, self.note = composition, mdp, ""
+        self.composition, self.mdp = composition, mdp
+        self.notes = [*_unpaid(composition.advantage)]
         self.composer = self._composer()
         self.returns = np.asarray([0.0 if p.failed else self._composed(mdp.record(p)).value for p in mdp.paths])
         self.terms = tuple(smallest(term) for term in composition.advantage)
@@ -70,7 +72,7 @@ class Pipeline:
         self._known: dict[tuple[int, str, int], Sample] = {}
 
     def _composer(self) -> Composer:
-        """The composition's reward where this world pays what it reads, else the world's own, and a note."""
+        """The composition's reward where this world pays what it reads, else the world's own."""
         if not self.composition.reward:
             return self.mdp.composer
         found = composer(_filled(self.composition.reward, self.mdp.reward))
@@ -79,7 +81,7 @@ class Pipeline:
                 record = self.mdp.record(path)
                 found.trajectory(record, _extra(found, record))
         except RecordError as error:
-            self.note = f"the reward in {self.mdp.name!r}, which is the world's own: {error}"
+            self.notes.append(f"the reward: in {self.mdp.name!r} it is the world's own ({error})")
             return self.mdp.composer
         return found
 
@@ -274,6 +276,14 @@ def _filled(declared: Any, own: Any) -> Any:
     if isinstance(declared, dict):
         return {name: _filled(part, own) for name, part in declared.items()}
     return [_filled(part, own) for part in declared] if isinstance(declared, list | tuple) else declared
+
+
+def _unpaid(terms: Sequence[Term]) -> Iterator[str]:
+    """The components that no world pays."""
+    paid = {name for mdp in WORLDS.values() for moves in mdp.moves.values() for m in moves.values() for name in m.pay}
+    for term in terms:
+        if term.component and term.component not in paid:
+            yield f"the component {term.component!r}: the worlds pay {', '.join(sorted(paid))}"
 
 
 def _states(record: Trajectory) -> list[int]:
