@@ -98,9 +98,7 @@ def _measured(c: Composition) -> Certificate:
         bias=tuple(worst(lab) for lab in paying),
         spread=tuple(scatter(lab) for lab in paying),
         flows=flows(c),
-        verdicts=tuple(
-            _verdict(trap, _hedged(judge(c), whole=not (gaps or c.refused))) for trap, judge in TRAPS.items()
-        ),
+        verdicts=tuple(_verdict(trap, _hedged(judge(c), whole)) for trap, judge in TRAPS.items()),
     )
 
 
