@@ -328,23 +328,13 @@ def _left(left: list[tuple[str, str]]) -> str:
 
 SHOPPING = {
     "grpo": "GRPO: the yardstick",
-    "dr-grpo": "Dr.GRPO: without the two divisions that the certificate catches in GRPO, and no KL",
+    "gspo": "GSPO: one ratio, and one clip, for all an episode said",
     "gigpo": "GiGPO: turn-level credit against the group's visits of the same state",
     "turn-baseline": "turn-level credit against the others' turns, unbiased where the policy decides when to stop",
     "dcpo": "DCPO: of 16 episodes a task the strongest contrast is learnt from",
 }
 SMALLER: dict[str, list[str]] = {"dcpo": ["rollout.tasks_per_step=12"]}
 """As many episodes an update as the others: half the tasks, twice the episodes of each."""
-
-
-def undiscounted(method: str) -> list[str]:
-    """Its advantages with the gamma of the preset's potential, as a setting; another one would move the optimum."""
-    declared = terms_of(method)
-    if all(term.get("gamma", 1.0) == 1.0 for term in declared):
-        return []
-    terms = [{**term, "gamma": 1.0} for term in declared]
-    tables = (", ".join(f"{k} = {msgspec.json.encode(v).decode()}" for k, v in term.items()) for term in terms)
-    return [f"advantage=[{', '.join(f'{{{table}}}' for table in tables)}]"]
 
 
 def terms_of(method: str) -> list[dict[str, Any]]:
@@ -356,14 +346,13 @@ def terms_of(method: str) -> list[dict[str, Any]]:
 
 
 def shopping_config(out: Path, method: str, seed: int, quick: list[str]) -> Any:
-    """The preset with another method, from the seed's warm start."""
+    """The preset with another method and the environment's own reward, from the seed's warm start."""
     from agentgym_trainers.config import resolve
 
-    start = [f"run.seed={seed}", "run.threads=1", "eval.ladder=false", "warmup.steps=0", "sft.steps=0"]
+    start = [f"run.seed={seed}", "run.threads=1", "eval.episodes=0", "warmup.steps=0", "sft.steps=0"]
     path = f"model.path={shop.weights(out / f'warm-{seed}')}"
-    return resolve(
-        shop.PRESET, [f"method={method}", *undiscounted(method), *SMALLER.get(method, []), *quick, *start, path]
-    )
+    declared = [f"method={method}", "reward=environment", *SMALLER.get(method, [])]
+    return resolve(shop.PRESET, [*declared, *quick, *start, path])
 
 
 def shopping_cell(out: Path, method: str, seed: int, quick: list[str]) -> None:
@@ -436,11 +425,12 @@ def shopping_part(out: Path, seeds: int) -> str:
     steps = shop.summary(out, YARDSTICK, 0)["steps"]
     return f"""## Five of them on shopping
 
-Preset `{shop.PRESET}` with `method = ...`: its reward (the gated hierarchical one and the potential that tells turns
-apart), its optimiser, {steps} updates of 192 episodes; only what the method declares is exchanged. Each seed has one
-warm start that all its cells begin from; tasks and sampling noise are the same. Success is strict (every hard wish of
-the user holds), on {shop.EPISODES} held-out tasks, other ones for each seed, at temperature 1. Intervals are Student's
-over {seeds} seeds, differences are taken seed by seed.
+Preset `{shop.PRESET}` with `method = ...` and `reward = environment` (the gated hierarchical reward, a reconstruction,
+without the preset's potential): its optimiser, {steps} updates of 192 episodes; only what the method declares is
+exchanged. Each seed has one warm start of a small model made on the spot, which all its cells begin from; tasks and
+sampling noise are the same. Success is strict (every hard wish of the user holds), on {shop.EPISODES} held-out tasks,
+other ones for each seed, at temperature 1. Intervals are Student's over {seeds} seeds, differences are taken seed by
+seed.
 
 {chr(10).join(shopping_rows(out, seeds))}
 
@@ -448,10 +438,9 @@ Seed by seed, success in percent:
 
 {chr(10).join(seed_rows(out, seeds))}
 
-Each was chosen for one question: Dr.GRPO leaves out the two normalisations that GRPO is caught in (and its KL); GiGPO
-and the turn baseline say in two ways which turn is owed what, one of them unbiased; DCPO changes what is learnt from,
-and was made for shopping. GiGPO's gamma is 1 here, that of the potential. Nothing was tuned for any of them; an
-interval that holds 0 says that no difference was seen.
+Each was chosen for one question: GSPO changes the level of ratio and clip; GiGPO and the turn baseline say in two ways
+which turn is owed what, one of them unbiased; DCPO changes what is learnt from, and was made for shopping. The learning
+rate is the preset's; nothing was tuned for any of them. An interval that holds 0 says that no difference was seen.
 """
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agentgym.errors import ConfigError, DataError, UnknownName
+from agentgym.errors import ConfigError, DataError, RecordError, UnknownName
 from agentgym_trainers.exact import certify as certificates
 from agentgym_trainers.exact import measures
 from agentgym_trainers.exact.certify import Certificate, Verdict, report, run
@@ -293,3 +293,31 @@ def test_groups_without_signal_dropped_or_refilled() -> None:
     assert alone(rloo, SCALES, strategy={"kind": "dynamic_filter"}) < 1e-9
     assert 1e-5 < alone(rloo, SCALES, rollout={"drop_equal": True}) < 0.05
     assert alone(reinforce, SCALES, rollout={"drop_equal": True}) > 0.1
+
+
+def test_what_is_not_a_number_is_never_clean() -> None:
+    found = certificates.certify({"objective": {"gate": {"kind": "quadratic", "coef": float("nan")}}})
+    assert found.refused
+    assert {verdict.status for verdict in found.verdicts} == {"not certified"}
+    custom = {"objective": {"gate": {"kind": "custom", "target": "custom_pieces:nothing"}}}
+    with pytest.raises(RecordError, match="not finite in the world"):
+        certificates.certify(custom)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("raise ValueError('half done')", "cannot be imported: ValueError: half done"),
+        ("def reward(trajectory):\n    return 1 / 0", "broke while it was measured: ZeroDivisionError"),
+    ],
+)
+def test_a_file_that_breaks_is_told_in_one_line(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=reason):
+        run(path)
+
+
+def test_terms_that_are_none_are_refused_as_in_a_run() -> None:
+    with pytest.raises(ConfigError, match=r"advantage|array"):
+        certificates.certify({"advantage": 3})

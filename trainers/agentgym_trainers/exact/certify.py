@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from agentgym.errors import AgentGymError, ConfigError
 from agentgym_trainers.exact.composition import Composition, load
 from agentgym_trainers.exact.estimate import Lab
 from agentgym_trainers.exact.flow import Flow, flows
@@ -73,9 +74,16 @@ def certify(source: Composition | Mapping[str, Any]) -> Certificate:
         found = _outside(c, c.outside) if c.outside else _measured(c)
     except Exception as error:
         if not c.refused:
-            raise
+            raise _broken(c, error) from error
         found = _outside(c, f"past the rule that refuses it nothing can be computed ({error})")
     return msgspec.structs.replace(found, seconds=round(time.perf_counter() - began, 3))
+
+
+def _broken(c: Composition, error: Exception) -> AgentGymError:
+    """The gym's own errors as they are; another one is a function of the composition's."""
+    if isinstance(error, AgentGymError):
+        return error
+    return ConfigError(f"{c.name} broke while it was measured: {type(error).__name__}: {error}")
 
 
 def _outside(c: Composition, why: str) -> Certificate:

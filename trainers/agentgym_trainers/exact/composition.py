@@ -86,7 +86,10 @@ def _module(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -140,7 +143,7 @@ def _terms(tables: Any) -> tuple[Term, ...]:
     """The advantage's terms; what they warn of is what the certificate measures."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found: tuple[Term, ...] = _converted(list(tables), tuple[Term, ...])
+        found: tuple[Term, ...] = _converted(tables, tuple[Term, ...])
     return found
 
 

@@ -20,7 +20,7 @@ from math import factorial, prod
 
 import numpy as np
 
-from agentgym.errors import ConfigError
+from agentgym.errors import ConfigError, RecordError
 from agentgym_trainers.exact.composition import Composition
 from agentgym_trainers.exact.mdp import MDP, Path, Real, log_policy
 from agentgym_trainers.exact.pipeline import Facts, Group, Pipeline, Step, least
@@ -158,7 +158,10 @@ class Lab:
     def coefficients(self, logs: Real, played: Real, steps: Sequence[Step] | None = None) -> Real:
         """d(-loss) / d log pi(a|s), summed over a step's tokens: [G, Q, K, S, A]."""
         facts = self.facts(logs)
-        return np.stack([self.pipeline.of_step(step, logs, played, facts) for step in steps or self.steps])
+        found = np.stack([self.pipeline.of_step(step, logs, played, facts) for step in steps or self.steps])
+        if not np.isfinite(found).all():
+            raise RecordError(f"its step is not finite in the world {self.mdp.name!r}: there is nothing to certify")
+        return found
 
     def true(self, logs: Real) -> Real:
         """The gradient of the expected return, mean over prompts, if nothing ever broke: [Q, K, S, A]."""
