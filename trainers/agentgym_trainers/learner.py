@@ -32,7 +32,7 @@ from agentgym_trainers.controllers import begun, controlled, numbers, with_numbe
 from agentgym_trainers.forward import LEAVES, Blank, Forward, Micro, joined, trained
 from agentgym_trainers.objective.aggregations import count_parts
 from agentgym_trainers.objective.compute import loss, summarise
-from agentgym_trainers.objective.declare import Objective, Struct
+from agentgym_trainers.objective.declare import IMITATION, Objective, Struct
 from agentgym_trainers.objective.tokens import Tokens, Totals
 
 Advantages = Sequence[NDArray[np.float64]]
@@ -327,6 +327,26 @@ class Learner:
         self.optimiser.load_state_dict({"state": held, "param_groups": state["param_groups"]})
         self.steps, self.updates = int(plain["steps"]), int(plain["updates"])
         self.objective = with_numbers(self.objective, plain["numbers"])
+
+
+class Family:
+    """Base of learners whose loss is of another family: optimiser, masters, ranks and state are those of `learner`."""
+
+    def __init__(self, trainable: Trainable, optim: Optim, *, total_steps: int, seed: int, temperature: float) -> None:
+        self.learner = Learner(trainable, IMITATION, optim, total_steps=total_steps, seed=seed, temperature=temperature)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps taken."""
+        return self.learner.steps
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `Learner.state`."""
+        return self.learner.state()
+
+    def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        """As `Learner.restore`."""
+        self.learner.restore(tensors, plain)
 
 
 def _moving(module: nn.Module, only: str) -> list[nn.Parameter]:

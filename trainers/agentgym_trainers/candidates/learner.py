@@ -31,8 +31,7 @@ from agentgym_trainers import ranks
 from agentgym_trainers.candidates.declare import InTRO
 from agentgym_trainers.context import with_context, without_context
 from agentgym_trainers.forward import trained
-from agentgym_trainers.learner import Learner, Optim, Trainable, mean_figures
-from agentgym_trainers.objective.declare import IMITATION
+from agentgym_trainers.learner import Family, Optim, Trainable, mean_figures
 from agentgym_trainers.preference.pairs import sampled
 
 Answer = Callable[[Trajectory], Sequence[int]]
@@ -79,7 +78,7 @@ class _Micro(NamedTuple):
 # --- the learner ------------------------------------------------------------------------------------------------
 
 
-class CandidateLearner:
+class CandidateLearner(Family):
     """A learner with candidates. Optimiser, masters, ranks and state are those of `Learner`; see there.
 
     `answer` gives the context tokens of a trajectory. The unembedding runs in chunks, here on both prompts.
@@ -97,20 +96,7 @@ class CandidateLearner:
         temperature: float = 1.0,
     ) -> None:
         self.declared, self.answer = declared, answer
-        self.learner = Learner(trainable, IMITATION, optim, total_steps=total_steps, seed=seed, temperature=temperature)
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps taken."""
-        return self.learner.steps
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `Learner.state`."""
-        return self.learner.state()
-
-    def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """As `Learner.restore`."""
-        self.learner.restore(tensors, plain)
+        super().__init__(trainable, optim, total_steps=total_steps, seed=seed, temperature=temperature)
 
     def update(self, samples: Sequence[tuple[Trajectory, Composed | None]]) -> dict[str, float]:
         """Every optimiser step that the correct ones of these samples pay for; the mean of their figures.

@@ -11,7 +11,7 @@ sums is found first, then that of the sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ from agentgym.types import Batch, Trajectory
 from agentgym_trainers import ranks
 from agentgym_trainers.context import with_context
 from agentgym_trainers.forward import trained
-from agentgym_trainers.learner import Learner, Optim, Trainable, mean_figures
-from agentgym_trainers.objective.declare import IMITATION
+from agentgym_trainers.learner import Family, Optim, Trainable, mean_figures
 from agentgym_trainers.objective.regularisers import KLS
 from agentgym_trainers.objective.tokens import pool
 from agentgym_trainers.preference.declare import Preference
@@ -53,7 +52,7 @@ class _Total(NamedTuple):
     chosen: int
 
 
-class PairLearner:
+class PairLearner(Family):
     """A learner whose loss is over pairs. Optimiser, masters, ranks and state are those of `Learner`.
 
     `reference` is the frozen module that most losses compare with; see `Learner` for the other arguments. Raises
@@ -75,20 +74,7 @@ class PairLearner:
             raise ConfigError(f"the loss {declared.loss.kind!r} compares with a reference; pass the frozen module")
         self.declared = declared
         self.reference = reference if declared.needs_reference else None
-        self.learner = Learner(trainable, IMITATION, optim, total_steps=total_steps, seed=seed, temperature=temperature)
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps taken."""
-        return self.learner.steps
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `Learner.state`."""
-        return self.learner.state()
-
-    def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """As `Learner.restore`."""
-        self.learner.restore(tensors, plain)
+        super().__init__(trainable, optim, total_steps=total_steps, seed=seed, temperature=temperature)
 
     def update(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Every optimiser step that these pairs pay for, epochs x minibatches; the mean of their figures.
