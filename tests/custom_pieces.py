@@ -49,6 +49,6 @@ def lost(t: Tokens) -> Tensor:
     return torch.full_like(t.logp, torch.nan)
 
 
-def nothing(tokens: Tokens, parts: Parts) -> Tensor:
+def strange(tokens: Tokens, parts: Parts) -> Tensor:
     """A gate that is no number."""
     return parts.ratio * tokens.advantages * float("nan")

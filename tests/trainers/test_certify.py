@@ -299,7 +299,7 @@ def test_what_is_not_a_number_is_never_clean() -> None:
     found = certificates.certify({"objective": {"gate": {"kind": "quadratic", "coef": float("nan")}}})
     assert found.refused
     assert {verdict.status for verdict in found.verdicts} == {"not certified"}
-    custom = {"objective": {"gate": {"kind": "custom", "target": "custom_pieces:nothing"}}}
+    custom = {"objective": {"gate": {"kind": "custom", "target": "custom_pieces:strange"}}}
     with pytest.raises(RecordError, match="not finite in the world"):
         certificates.certify(custom)
 
