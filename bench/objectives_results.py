@@ -439,10 +439,10 @@ Seed by seed, success in percent:
 {chr(10).join(seed_rows(out, seeds))}
 
 Each was chosen for one question: GSPO changes the level of ratio and clip; GiGPO and the turn baseline say in two ways
-which turn is owed what, one of them unbiased; DCPO changes what is learnt from, and was made for shopping. The learning
-rate is the preset's; nothing was tuned for any of them. DCPO plays as many episodes as the others and learns from half of
-them. An interval that holds 0 says that no difference was seen. Seconds are of reinforcement on one thread, two cells at
-once; where the machine had other work the least of the range is nearest to the method's own.
+which turn is owed what, one of them unbiased; DCPO changes what is learnt from, and was made for shopping: it plays as
+many episodes as the others and learns from half of them. The learning rate is the preset's; nothing was tuned for any
+of them. An interval that holds 0 says that no difference was seen. Seconds are of reinforcement on one thread, two
+cells at once; where the machine had other work the least of the range is nearest to the method's own.
 """
 
 
