@@ -775,6 +775,13 @@ def test_intro_weighs_candidates() -> None:
 # --- what they cost ---------------------------------------------------------------------------------------------
 
 
+def test_the_benchmark_takes_methods_as_text_or_list() -> None:
+    bench = registry.load("objectives", "benches")
+    for methods in ("gspo", ["gspo"]):
+        figures = bench(tokens=4096, repeats=1, trl=False, methods=methods)
+        assert [row["method"] for row in figures["methods"]] == ["grpo", "gspo"]
+
+
 def test_the_benchmark_measures_every_method() -> None:
     bench = registry.load("objectives", "benches")
     figures = bench(tokens=4096, repeats=1, trl=False)

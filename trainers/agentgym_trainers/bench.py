@@ -11,7 +11,7 @@ import importlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +54,12 @@ BASE = "grpo"
 
 
 def objectives(
-    tokens: int = 1_000_000, repeats: int = 5, methods: str = "", seed: int = 0, trl: bool = True, out: str = ""
+    tokens: int = 1_000_000,
+    repeats: int = 5,
+    methods: str | Sequence[str] = "",
+    seed: int = 0,
+    trl: bool = True,
+    out: str = "",
 ) -> dict[str, Any]:
     """A row per method: milliseconds per million tokens, ratio to plain GRPO, peak memory of the loss.
 
@@ -84,9 +89,10 @@ def objectives(
     return figures
 
 
-def _chosen(methods: str) -> list[str]:
+def _chosen(methods: str | Sequence[str]) -> list[str]:
     """The methods asked for, plain GRPO first; all that have a loss over tokens where none is."""
-    asked = [name.strip() for name in methods.split(",") if name.strip()]
+    listed = methods.split(",") if isinstance(methods, str) else methods
+    asked = [name.strip() for name in listed if name.strip()]
     for name in asked:
         if name not in names():
             raise unknown("objective", name, names())
