@@ -777,8 +777,8 @@ def test_intro_weighs_candidates() -> None:
 
 def test_the_benchmark_takes_methods_as_text_or_list() -> None:
     bench = registry.load("objectives", "benches")
-    for methods in ("gspo", ["gspo"]):
-        figures = bench(tokens=4096, repeats=1, trl=False, methods=methods)
+    for named in ("gspo", ["gspo"]):
+        figures = bench(tokens=4096, repeats=1, trl=False, methods=named)
         assert [row["method"] for row in figures["methods"]] == ["grpo", "gspo"]
 
 
