@@ -66,15 +66,11 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Reactions:
-    """Whether a user loved each text: binary cross-entropy on the logit."""
+class _Shown:
+    """Base of examples that speak of one text each: `shown[i]`."""
 
     shown: Sequence[str]
-    loved: Sequence[bool]
     relative: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _alike("reactions", self.shown, self.loved)
 
     @property
     def texts(self) -> list[str]:
@@ -85,6 +81,16 @@ class Reactions:
 
     def places(self, rows: Sequence[int]) -> list[int]:
         return list(rows)
+
+
+@dataclass(frozen=True)
+class Reactions(_Shown):
+    """Whether a user loved each text: binary cross-entropy on the logit."""
+
+    loved: Sequence[bool]
+
+    def __post_init__(self) -> None:
+        _alike("reactions", self.shown, self.loved)
 
     def loss(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
         if scores.shape[1] != 1:
@@ -94,12 +100,10 @@ class Reactions:
 
 
 @dataclass(frozen=True)
-class Ratings:
+class Ratings(_Shown):
     """Several labels of each text [n][outputs], None where a text was not rated: squared error over what is known."""
 
-    shown: Sequence[str]
     labels: Sequence[Sequence[float | None]]
-    relative: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _alike("rows of labels", self.shown, self.labels)
@@ -107,16 +111,6 @@ class Ratings:
             raise ConfigError("every text has as many labels as the others; write None for one that was not rated")
         if not all(x is None or math.isfinite(x) for row in self.labels for x in row):
             raise ConfigError("a label is a finite number, or None where a text was not rated")
-
-    @property
-    def texts(self) -> list[str]:
-        return list(self.shown)
-
-    def __len__(self) -> int:
-        return len(self.shown)
-
-    def places(self, rows: Sequence[int]) -> list[int]:
-        return list(rows)
 
     def loss(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
         given = [[float("nan") if x is None else float(x) for x in self.labels[i]] for i in rows]
