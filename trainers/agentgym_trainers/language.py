@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from agentgym.env import Environment
 from agentgym.errors import ConfigError
 from agentgym.modeling import build, tokenizer
 from agentgym.modeling.renderer import Renderer
-from agentgym.types import Batch, Sampling, Trajectory, WeightsVersion
+from agentgym.types import Sampling, WeightsVersion
 from agentgym_trainers.config import Config
 from agentgym_trainers.forward import Blank
-from agentgym_trainers.learner import Advantages
 
 ENGINE = "torch"
 """The policy of the catalogue that samples: its class takes a module and a renderer and shares the weights."""
@@ -40,16 +39,7 @@ class LanguageModel:
         filler = tokens.eos_token_id if tokens.pad_token_id is None else tokens.pad_token_id
         return Blank(filler or 0, tuple(tokens.all_special_ids))
 
-    def collate(
-        self,
-        trajectories: Sequence[Trajectory],
-        advantages: Advantages,
-        *,
-        max_tokens: int,
-        behaviour: bool = True,
-        rewards: Sequence[float] | None = None,
-    ) -> list[Batch]:
-        return collate(trajectories, advantages, max_tokens=max_tokens, behaviour=behaviour, rewards=rewards)
+    collate = staticmethod(collate)
 
     async def publish(self, version: WeightsVersion) -> None:
         await self.engine.publish(version)

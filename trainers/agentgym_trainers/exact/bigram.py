@@ -8,7 +8,6 @@ one-hot part, away what may not follow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, pad
 
 from agentgym.collate import collate
-from agentgym.types import Batch, Trajectory, WeightsVersion
+from agentgym.types import WeightsVersion
 from agentgym_trainers.exact.mdp import MDP, Real, Tabular
 from agentgym_trainers.forward import Blank
-from agentgym_trainers.learner import Advantages
 
 NEVER = -1e9
 """Logit of a token that is not offered; infinity would make an entropy of it undefined."""
@@ -134,16 +132,7 @@ class Model:
     def module(self) -> nn.Module:
         return self.bigram
 
-    def collate(
-        self,
-        trajectories: Sequence[Trajectory],
-        advantages: Advantages,
-        *,
-        max_tokens: int,
-        behaviour: bool = True,
-        rewards: Sequence[float] | None = None,
-    ) -> list[Batch]:
-        return collate(trajectories, advantages, max_tokens=max_tokens, behaviour=behaviour, rewards=rewards)
+    collate = staticmethod(collate)
 
     async def publish(self, version: WeightsVersion) -> None:
         self.engine.theta, self.engine.version = self.theta(), version.number
