@@ -14,6 +14,8 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
+import msgspec
+
 from agentgym.errors import EngineFault
 from agentgym.types import Action, Draft, Episode, Observation, Sampling, WeightsVersion
 
@@ -60,6 +62,30 @@ class Publishes(Protocol):
 
     async def publish(self, version: WeightsVersion) -> None:
         """From now on act with these weights; live caches of older ones are invalidated."""
+        ...
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """How busy an engine is: replies being sampled and waiting for a slot, slots in all, and the share [0, 1] of its
+    cache that live sessions hold."""
+
+    running: int = 0
+    waiting: int = 0
+    slots: int = 1
+    cache: float = 0.0
+
+    @property
+    def full(self) -> bool:
+        """Whether further episodes would only wait: a whole round of replies does already."""
+        return self.waiting >= self.slots
+
+
+@runtime_checkable
+class Loaded(Protocol):
+    """A policy that says how busy it is; rollouts admit no further work while it is full."""
+
+    def load(self) -> Load:
+        """Now. Cheap, and callable from any thread."""
         ...
 
 

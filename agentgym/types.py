@@ -234,6 +234,7 @@ class TokenSpan(Record, frozen=True, kw_only=True):
     branch, parent     the token sequence this span extends; `parent` = (branch, length) where a new branch forked
     context       "original", or "hinted" when the sampler saw a hint that training may take away
     unhinted      the prompt as it would have been without the hint; only where `context` is "hinted"
+    stale         some of its tokens attended to keys and values cached under older weights than `versions` says
     """
 
     prompt: Ids = Ids()
@@ -251,6 +252,7 @@ class TokenSpan(Record, frozen=True, kw_only=True):
     media: tuple[MediaRef, ...] = ()
     context: Literal["original", "hinted"] = "original"
     unhinted: Ids = Ids()
+    stale: bool = False
 
 
 class Action(Record, frozen=True, kw_only=True):

@@ -68,6 +68,11 @@ def parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What an engine elsewhere takes over: tensors by the hub's names, each tied one once."""
+    return ((name, p.detach()) for name, p in model.named_parameters())
+
+
 def check_folder(path: str | Path) -> Path:
     """The folder, if it holds a model in hub format; else an error that says what is missing and the way out."""
     folder = Path(path)

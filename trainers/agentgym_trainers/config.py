@@ -21,6 +21,7 @@ from agentgym import registry
 from agentgym.advantages import Term
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, unknown
+from agentgym.modeling.lora import Lora
 from agentgym.presets import Table, merge, parse_settings, read_preset, read_toml
 from agentgym.rollout import Limits
 from agentgym.types import Sampling
@@ -44,8 +45,11 @@ class RunConfig(Struct, frozen=True, kw_only=True):
                          groups sampled from the policy as it learns
     steps             updates after the warm start
     deterministic     bit-identical weights on one machine and set of versions; slower
-    threads           of torch; 0 = leave as it is
+    threads           of torch in the learner; 0 = leave as it is
+    cores             CPU cores that the learner is pinned to; empty = none in particular
+    processes         2: rollouts live in a process of their own, and get the weights through shared memory
     checkpoint_every  updates between checkpoints; `keep` of them stay
+    sinks             where figures go besides the run's folder: "tensorboard", "wandb"
     """
 
     seed: int = 0
@@ -53,8 +57,11 @@ class RunConfig(Struct, frozen=True, kw_only=True):
     steps: int = 60
     deterministic: bool = False
     threads: int = 0
+    cores: tuple[int, ...] = ()
+    processes: Literal[1, 2] = 1
     checkpoint_every: int = 10
     keep: int = 2
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True):
@@ -66,6 +73,9 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     history     what to do where the chat template rewrites earlier turns: append, branch, refuse
     template    replaces the tokenizer's chat template ("chatml" or Jinja text); "" keeps it
     teacher     folder of the model that a distillation learns from, with the same tokenizer
+    lora        train adapters instead of the weights; see `modeling.lora.Lora`
+    checkpointing  recompute activations of a layer in the backward pass: memory for a third more time
+    compile     run the layers through torch.compile; needs a C++ compiler on the CPU
     """
 
     path: str = ""
@@ -81,6 +91,9 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     history: Literal["append", "branch", "refuse"] = "append"
     template: str = ""
     teacher: str = ""
+    lora: Lora | None = None
+    checkpointing: bool = False
+    compile: bool = False
 
 
 class WarmupConfig(Struct, frozen=True, kw_only=True):
@@ -112,6 +125,15 @@ class SftConfig(Struct, frozen=True, kw_only=True):
 class RolloutConfig(Struct, frozen=True, kw_only=True):
     """One update plays `tasks_per_step` tasks, `group_size` times each.
 
+    max_staleness      0: rollouts and learning take turns. More: they overlap, and no trajectory is learnt from whose
+                       oldest token was sampled by weights more than so many updates behind
+    unit               what is played and handed over at once: the groups of an "update" or one "group"; "" = by
+                       max_staleness
+    engine             policy of the catalogue that samples, with its own `engine_options`
+    stale_caches       at new weights keep the live caches of replies under way, and mark their spans `stale`
+    behaviour          "recomputed": the learner keeps the weights of the last max_staleness updates and computes the
+                       log-probs of the version that sampled, so that mismatch and staleness can be told apart exactly
+    threads, cores     of torch in the engine, and the CPU cores that it is pinned to
     slots, max_length  of the engine: sequences decoded together, tokens a sequence may have (0 = the engine's default)
     drop_equal         leave out groups whose returns are all equal (and refill nothing: see strategy "dynamic_filter")
     limits             deadlines in seconds and the runner's own turn budget; see `rollout.Limits`
@@ -125,7 +147,44 @@ class RolloutConfig(Struct, frozen=True, kw_only=True):
     retries: int = 2
     drop_equal: bool = False
     max_staleness: int = 0
+    unit: Literal["", "update", "group"] = ""
+    engine: str = "torch"
+    engine_options: dict[str, Any] = msgspec.field(default_factory=dict)
+    stale_caches: bool = False
+    behaviour: Literal["recorded", "recomputed"] = "recorded"
+    threads: int = 0
+    cores: tuple[int, ...] = ()
     limits: Limits = Limits()
+
+
+class Component(Struct, frozen=True, kw_only=True):
+    """One environment of a mixture.
+
+    env      `id` and the environment's own settings, as in [env]
+    name     domain of its tasks in labels, figures and advantages; "" = the environment's id
+    weight   its share of the tasks, relative to the others
+    reward   a composer declaration of its own; empty = the environment's
+    scale    its composed rewards are multiplied by this; "std" divides them by their running standard deviation
+    """
+
+    env: dict[str, Any]
+    name: str = ""
+    weight: float = 1.0
+    reward: dict[str, Any] = msgspec.field(default_factory=dict)
+    scale: float | Literal["std"] = 1.0
+
+
+class Curriculum(Struct, frozen=True, kw_only=True):
+    """How the shares of a mixture's components move with what was seen.
+
+    kind   "fixed": as declared; "learnable": share times success (1 - success), where most is to be learnt; "weakest":
+           share times (1 - success)
+    floor  no component falls below this share of its declared weight; `decay` of the running success per update
+    """
+
+    kind: Literal["fixed", "learnable", "weakest"] = "fixed"
+    floor: float = 0.2
+    decay: float = 0.9
 
 
 class EvalConfig(Struct, frozen=True, kw_only=True):
@@ -140,7 +199,8 @@ class EvalConfig(Struct, frozen=True, kw_only=True):
 
 
 class Config(Struct, frozen=True, kw_only=True):
-    """A run. `env` holds an `id` and the environment's own settings; `reward` a composer declaration, empty for the
+    """A run. `env` holds an `id` and the environment's own settings, or with "mixture" for an id the run plays the
+    components of `mixture` by their weights, as `curriculum` moves them; `reward` a composer declaration, empty for the
     environment's own ("environment" inside it stands for that); `judge` the judges that add terms to a finished
     trajectory before its reward is composed (`rewards.judges`); `advantage` the summed terms; `whiten` as in
     `advantages.advantages`. `method` names the method of the catalogue (or the TOML file) whose sections `resolve` laid
@@ -149,6 +209,8 @@ class Config(Struct, frozen=True, kw_only=True):
     """
 
     env: dict[str, Any]
+    mixture: tuple[Component, ...] = ()
+    curriculum: Curriculum = Curriculum()
     method: str = ""
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
