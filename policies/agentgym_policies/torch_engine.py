@@ -13,26 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from agentgym import seeding
 from agentgym.errors import ConfigError, EngineFault, ModelError
 from agentgym.modeling import build
 from agentgym.modeling import tokenizer as tokenizers
-from agentgym.modeling.renderer import Conversation, History, Prompt, Renderer, with_hint
-from agentgym.policy import left
-from agentgym.types import Action, Episode, Floats, Guidance, Ids, Observation, Sampling, TokenSpan, WeightsVersion
+from agentgym.modeling.renderer import History, Renderer
+from agentgym.types import Episode, Sampling, WeightsVersion
 from agentgym_policies.batching import Batcher, Job
-from agentgym_policies.sampling import check, plain
+from agentgym_policies.sampling import check
+from agentgym_policies.sessions import Call, Reply, TokenSession
 from agentgym_policies.slots import Row, store_for
 
 
@@ -89,6 +86,15 @@ class TorchEngine:
         """An engine for a local folder in hub format; `options` are those of the class."""
         renderer = Renderer(tokenizers.load(path), history, template=template)
         return cls(build.load(path, device=device, dtype=dtype), renderer, **options)
+
+    @classmethod
+    def serving(
+        cls, model: Any, renderer: Renderer, *, shared: bool, cores: Sequence[int], stale_caches: bool, **options: Any
+    ) -> Self:
+        """The engine of a training run, with the weights of `model` itself where they are `shared`."""
+        if not shared or cores or stale_caches:
+            raise ConfigError("this engine shares the learner's weights: set rollout.max_staleness = 0 and no cores")
+        return cls(model, renderer, **options)
 
     @property
     def tokenizer(self) -> Any:
@@ -217,148 +223,34 @@ def _settle(jobs: Iterable[Job]) -> None:
         _resolve(job.ticket)
 
 
-class TorchSession:
-    """One agent in one episode: its conversation and its cache row. Leaving it, also by cancellation, releases both.
-
-    Of the episode's guidance it reads `hint`, `begin` and `share`. What it is told, and the hint, go into the prompt of
-    the next span, so that the spans of a branch hold the whole context.
-    """
+class TorchSession(TokenSession[TorchEngine]):
+    """A session with a cache row, which leaving it releases."""
 
     def __init__(self, engine: TorchEngine, episode: Episode, agent: str) -> None:
-        self.engine = engine
-        self.conversation = engine.renderer.conversation()
-        self._noise = (engine.seed, "sampling", episode.seed, episode.member, agent)
-        guidance = episode.guidance or Guidance()
-        self._hint, self._begin = guidance.hint, (guidance.begin, _log_share(guidance))
-        self._bare: Conversation | None = None  # without the hint, from the hint to the span that holds it
-        self._held: tuple[int, int] | None = (
-            None  # (branch, tokens of it) that spans hold and the context still begins with
-        )
+        super().__init__(engine, episode, agent)
         self._row = Row()
-        self._turn = 0
-        self._torn = self._left = False
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._left = True
-        if self._turn:
-            with contextlib.suppress(EngineFault):  # a closed engine holds nothing
-                self.engine._post(lambda: self.engine._batcher.release(self._row))
-
-    async def act(self, observation: Observation, sampling: Sampling | None = None) -> Action:
-        """Sample a reply to what is new.
-
-        A context that leaves no room is an outcome: an empty reply with finish "length". Only a first prompt that
-        does not fit is a `ModelError`. After a cancelled or failed call the session cannot go on (`EngineFault`).
-        """
-        self._check()
-        chosen = self.engine.sampling if sampling is None else check(sampling)
-        self._observe(observation, hint=True)
-        prompt = self._prompt()
-        job = self._job(prompt, chosen)
-        self._turn += 1
-        if job.room > 0:
-            self._torn = True
-            await self.engine._sample(job)
-            self._torn = False
-        else:
-            job.finish = "length"
-        return self._action(prompt, job)
-
-    async def tell(self, observation: Observation, action: Action) -> None:
-        """An action that this session did not sample: with a span its exact ids, else its text as the template has it.
-
-        Where its span says that it was sampled behind a hint, so does what the next span's prompt holds of it.
-        """
-        self._check()
-        span = action.span
-        self._observe(observation, hint=span is not None and span.context == "hinted")
-        ids = self.engine.renderer.ids_of(action) if span is None else list(span.ids)
-        for talk in (self.conversation, self._bare):
-            if talk is not None:
-                talk.reply(ids)
-        self._turn += 1
-
-    def _check(self) -> None:
-        if self._left:
-            raise left()
-        if self._torn:
-            raise EngineFault("this session lost a reply by cancellation or an engine failure; open a new one")
-
-    def _observe(self, observation: Observation, hint: bool) -> None:
-        """Add what is new to the conversation, and the hint if its moment has come."""
-        if observation.array is not None:
-            raise ModelError("a language model cannot read an array observation; wrap the environment to speak text")
-        messages = observation.messages
-        if hint and self._hint:
-            self._bare = self.conversation.fork()
-            messages, self._hint = with_hint(messages, self._hint), ""
-        if self._bare is not None:
-            self._bare.observe(observation.messages, observation.tools)
-        parent = self.conversation.observe(messages, observation.tools).parent
-        if parent is not None and self._held is not None:
-            self._held = (self._held[0], min(self._held[1], parent[1]))
-        length, limit = len(self.conversation.ids), self.engine.max_length
-        if not self._turn and length >= limit:
-            raise ModelError(
-                f"the first prompt has {length} tokens, max_length is {limit}: raise max_length or shorten the prompt"
+    async def sample(self, call: Call) -> Reply:
+        job = await self.engine._sample(
+            Job(
+                row=self._row,
+                context=call.context,
+                keep=call.keep,
+                sampling=call.sampling,
+                key=call.key,
+                room=call.room,
+                finished=self.engine._done.append,
+                begin=call.begin,
+                said=call.said,
             )
-
-    def _prompt(self) -> Prompt:
-        """What the spans so far do not hold of the context."""
-        branch, at = self._held or (self.conversation.branch, 0)
-        forked = branch != self.conversation.branch
-        return Prompt(self.conversation.ids[at:], self.conversation.branch, (branch, at) if forked else None)
-
-    def _unhinted(self) -> Ids:
-        """The same without the hint, said once; empty where there is none."""
-        bare, self._bare = self._bare, None
-        return Ids() if bare is None else Ids(bare.ids[self._held[1] if self._held else 0 :])
-
-    def _job(self, prompt: Prompt, sampling: Sampling) -> Job:
-        context = list(self.conversation.ids)
-        (begin, said), self._begin = self._begin, ("", 0.0)
-        return Job(
-            row=self._row,
-            context=context,
-            keep=len(context) if prompt.parent is None else prompt.parent[1],
-            sampling=sampling,
-            key=seeding.key(*self._noise, self._turn),
-            room=min(sampling.max_tokens, self.engine.max_length - len(context)),
-            finished=self.engine._done.append,
-            begin=tuple(self.engine.renderer.encode(begin)) if begin else (),
-            said=said,
         )
-
-    def _action(self, prompt: Prompt, job: Job) -> Action:
-        """The reply with its exact record."""
-        text, calls = self.engine.renderer.reply(job.ids)
-        unhinted = self._unhinted()
-        span = TokenSpan(
-            prompt=Ids(prompt.ids),
-            ids=Ids(job.ids),
-            suffix=Ids(self.conversation.reply(job.ids)),
-            logprobs=Floats(job.logprobs),
-            sampled_logprobs=Floats() if plain(job.sampling) and not job.begin else Floats(job.processed),
-            versions=tuple(job.versions),
-            sampling=job.sampling,
+        return Reply(
+            ids=job.ids,
+            logprobs=job.logprobs,
+            processed=job.processed,
+            versions=job.versions,
             finish=job.finish,
-            branch=prompt.branch,
-            parent=prompt.parent,
-            context="hinted" if unhinted else "original",
-            unhinted=unhinted,
         )
-        self._held = (self.conversation.branch, len(self.conversation.ids))
-        return Action(text=text, tool_calls=calls, span=span)
 
-
-def _log_share(guidance: Guidance) -> float:
-    if not 0 < guidance.share <= 1:
-        raise ConfigError(
-            f"guidance.share is the probability of beginning with {guidance.begin!r}; got {guidance.share}"
-        )
-    return math.log(guidance.share)
+    def release(self) -> None:
+        self.engine._post(lambda: self.engine._batcher.release(self._row))

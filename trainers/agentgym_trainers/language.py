@@ -14,12 +14,12 @@ from agentgym.env import Environment
 from agentgym.errors import ConfigError
 from agentgym.modeling import build, tokenizer
 from agentgym.modeling.renderer import Renderer
-from agentgym.types import Sampling, WeightsVersion
+from agentgym.types import WeightsVersion
 from agentgym_trainers.config import Config
 from agentgym_trainers.forward import Blank
 
-ENGINE = "torch"
-"""The policy of the catalogue that samples: its class takes a module and a renderer and shares the weights."""
+MAX_LENGTH = 1024
+"""Tokens that a sequence may have where rollout.max_length = 0."""
 
 
 class LanguageModel:
@@ -81,18 +81,29 @@ def _tokenizer(config: Config, env: Environment, texts: Iterable[str]) -> Any:
     return tokenizer.closed_vocabulary(env.vocabulary())
 
 
-def engine(config: Config, model: Any, renderer: Renderer) -> Any:
-    """The catalogue names a way to load a checkpoint; the class behind it takes what is loaded already."""
-    target = registry.load(ENGINE, "policies")
-    rollout = config.rollout
-    sizes = {"max_length": rollout.max_length} if rollout.max_length else {}
-    return getattr(target, "__self__", target)(
+def engine(config: Config, model: Any, renderer: Renderer, *, shared: bool | None = None) -> Any:
+    """What samples, of the class that rollout.engine names (`serving` is its door for a model made already).
+
+    `shared` engines sample with `model` itself; others have weights of their own and copy them in `publish`. By default
+    an engine shares where nothing moves while it samples: in turns with the learner, in one process.
+    """
+    r, run = config.rollout, config.run
+    target = registry.load(r.engine, "policies")
+    kind = getattr(target, "__self__", target)
+    if not hasattr(kind, "serving"):
+        raise ConfigError(f"rollout.engine = {r.engine!r} cannot serve a run's own model; 'torch' can")
+    registry.check_keywords("engine option", kind.serving, r.engine_options)
+    return kind.serving(
         model,
         renderer,
-        slots=rollout.slots,
-        sampling=Sampling() if config.sampling is None else config.sampling,
-        seed=config.run.seed,
-        deterministic=config.run.deterministic,
-        threads=config.run.threads or None,
-        **sizes,
+        shared=(r.max_staleness == 0 and run.processes == 1) if shared is None else shared,
+        slots=r.slots,
+        max_length=r.max_length or MAX_LENGTH,
+        sampling=config.sampling,
+        seed=run.seed,
+        deterministic=run.deterministic,
+        threads=r.threads or run.threads or None,
+        cores=r.cores,
+        stale_caches=r.stale_caches,
+        **r.engine_options,
     )
