@@ -7,18 +7,18 @@ its gradient. Here the unembedding runs in checkpointed chunks, and only on the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from agentgym.errors import ModelError
 from agentgym.modeling.attention import NO_MASK, PackedLayout, prepare
+from agentgym.modeling.layers import first_layers
 from agentgym.types import Batch
 
 LOGITS = 2**24
@@ -128,26 +128,6 @@ def divergence(policy: Tensor, teacher: Tensor, beta: float) -> Tensor:
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p, q) of log-probs [..., V]: [...]."""
     return (p.exp() * (p - q)).sum(-1)
-
-
-@contextmanager
-def first_layers(model: Any, count: int) -> Iterator[None]:
-    """The model without its layers after `count` (1 = the first); the final norm stays. `ModelError` outside 1..all."""
-    depth = model.config.get_text_config().num_hidden_layers
-    if not 1 <= count <= depth:
-        raise ModelError(f"no layer {count} in a model of {depth} layers")
-    base = model.base_model
-    stacks = (n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    owner, _, name = next(stacks, "").rpartition(".")
-    if not name:
-        raise ModelError(f"{type(model).__name__} shows no list of {depth} layers to cut")
-    holder = base.get_submodule(owner)
-    whole = getattr(holder, name)
-    setattr(holder, name, whole[:count])
-    try:
-        yield
-    finally:
-        setattr(holder, name, whole)
 
 
 def packed_hidden(
