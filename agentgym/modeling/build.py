@@ -15,7 +15,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from agentgym.errors import ModelError
+from agentgym.modeling import lora
 from agentgym.modeling.attention import prepare
+
+ADAPTER = "adapter"
+"""The folder inside a saved model that holds its adapters apart. transformers would load any that lie beside it."""
 
 
 def tiny(
@@ -69,8 +73,8 @@ def parameters(model: Any) -> int:
 
 
 def weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What an engine elsewhere takes over: tensors by the hub's names, each tied one once."""
-    return ((name, p.detach()) for name, p in model.named_parameters())
+    """What an engine elsewhere takes over: tensors by the hub's names, each tied one once, adapters merged."""
+    return lora.weights(model)
 
 
 def check_folder(path: str | Path) -> Path:
@@ -103,17 +107,20 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str = "auto") -> Any:
 def save(model: Any, tokenizer: Any, path: str | Path) -> Path:
     """Write model (safetensors) and tokenizer in hub format. Atomic: `path` is the whole folder or not there.
 
-    A folder already at `path` is replaced; a crash leaves the old one, or a `.old` one beside a whole new one.
+    A model with adapters is written merged, as any library loads it, and the adapters beside it in `ADAPTER`. A folder
+    already at `path` is replaced; a crash leaves the old one, or a `.old` one beside a whole new one.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         with _quiet():
-            model.save_pretrained(partial, safe_serialization=True)
+            model.save_pretrained(partial, state_dict=dict(weights(model)) if lora.adapted(model) else None)
+        if lora.adapted(model):
+            lora.save(model, partial / ADAPTER)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        for file in partial.iterdir():
+        for file in (f for f in partial.rglob("*") if f.is_file()):
             _sync(file)
         _replace(partial, target)
     finally:

@@ -12,7 +12,8 @@ from agentgym import registry
 from agentgym.collate import collate
 from agentgym.env import Environment
 from agentgym.errors import ConfigError
-from agentgym.modeling import build, tokenizer
+from agentgym.modeling import build, lora, tokenizer
+from agentgym.modeling.layers import checkpoint_layers
 from agentgym.modeling.renderer import Renderer
 from agentgym.types import WeightsVersion
 from agentgym_trainers.config import Config
@@ -45,8 +46,18 @@ class LanguageModel:
         await self.engine.publish(version)
 
     def save(self, path: Path) -> None:
-        """Write the model in hub format."""
+        """Write the model in hub format, and its adapters apart."""
         build.save(self.model, self.renderer.tokenizer, path)
+
+    def frozen(self, path: Path) -> Any:
+        """The policy as `save` wrote it to `path`, for reading alone. With adapters it costs no second base."""
+        if not lora.adapted(self.model):
+            like = next(self.model.parameters())
+            dtype = str(like.dtype).removeprefix("torch.")
+            return build.load(path, device=str(like.device), dtype=dtype).requires_grad_(False)
+        twin = lora.twin(self.model)
+        lora.load(twin, path / build.ADAPTER)
+        return twin.requires_grad_(False)
 
     def close(self) -> None:
         self.engine.close()
@@ -55,19 +66,31 @@ class LanguageModel:
 def make(config: Config, env: Environment, checkpoint: Path | None = None, texts: Iterable[str] = ()) -> LanguageModel:
     """The model that the config describes, with the weights of `checkpoint` where one is given.
 
+    With adapters these are the adapters' own: the base is the config's, so nothing is rounded by merging and parting.
     `texts` train the tokenizer where the config asks for one of kind "bpe".
     """
     found = config.model
-    folder = checkpoint or (Path(found.path) if found.path else None)
-    if folder is None:
-        tokens = _tokenizer(config, env, texts)
-        shape = {name: getattr(found, name) for name in ("hidden", "layers", "heads", "kv_heads", "init")}
-        model = build.tiny(len(tokens), seed=config.run.seed, **shape).to(found.device)
-    else:
-        tokens = tokenizer.load(folder)
-        model = build.load(folder, device=found.device, dtype=found.dtype)
+    start = Path(found.path) if found.path else None
+    folder = checkpoint or start
+    tokens = tokenizer.load(folder) if folder else _tokenizer(config, env, texts)
+    model = _weights(config, start if found.lora else folder, len(tokens))
+    if found.lora:
+        lora.add(model, found.lora, seed=config.run.seed)
+        if checkpoint:
+            lora.load(model, checkpoint / build.ADAPTER)
+    if found.checkpointing:
+        checkpoint_layers(model)
     renderer = Renderer(tokens, found.history, template=found.template or None)
     return LanguageModel(model, renderer, engine(config, model, renderer))
+
+
+def _weights(config: Config, folder: Path | None, vocabulary: int) -> Any:
+    """The model of a folder, or one made here."""
+    found = config.model
+    if folder:
+        return build.load(folder, device=found.device, dtype=found.dtype)
+    shape = {name: getattr(found, name) for name in ("hidden", "layers", "heads", "kv_heads", "init")}
+    return build.tiny(vocabulary, seed=config.run.seed, **shape).to(found.device)
 
 
 def _tokenizer(config: Config, env: Environment, texts: Iterable[str]) -> Any:
