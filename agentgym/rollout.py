@@ -432,9 +432,10 @@ class _Play:
         self.final: dict[str, Observation] = {}
         self.status: Status = "terminated"
         self.begun = perf_counter()
+        self.env = run.runner.env
 
     def trajectory(self, failure: Failure | None) -> Trajectory:
-        env = self.run.runner.env
+        env = self.env
         return Trajectory(
             env=env.id,
             env_version=env.version,

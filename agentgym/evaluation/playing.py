@@ -17,8 +17,8 @@ import numpy as np
 
 from agentgym.env import Environment, task_list
 from agentgym.errors import ConfigError
+from agentgym.mixture import Composers, composers
 from agentgym.policy import Policy
-from agentgym.rewards import composer
 from agentgym.rollout import Limits, Runner, episodes
 from agentgym.types import Record, Sampling, Trajectory
 
@@ -97,7 +97,7 @@ async def evaluate(
         raise ConfigError(f"{env.id} has no task in the split {split!r}")
     found.sort(key=lambda t: t.episode.id)
     seconds = time.perf_counter() - started
-    return summarise(found, env.reward, split=split, seed=seed, attempts=attempts, seconds=seconds)
+    return summarise(found, composers(env), split=split, seed=seed, attempts=attempts, seconds=seconds)
 
 
 def _episodes(env: Environment, split: str, seed: int, count: int, attempts: int) -> Iterable[Any]:
@@ -106,17 +106,17 @@ def _episodes(env: Environment, split: str, seed: int, count: int, attempts: int
 
 def summarise(
     trajectories: Sequence[Trajectory],
-    reward: Mapping[str, Any],
+    reward: Mapping[str, Any] | Composers,
     *,
     split: str = "",
     seed: int = 0,
     attempts: int = 1,
     seconds: float = 0.0,
 ) -> Evaluation:
-    """The figures of trajectories that are there already."""
-    compose = composer(dict(reward))
+    """The figures of trajectories that are there already; `reward` declares their return, by domain where it must."""
+    made = reward if isinstance(reward, Composers) else Composers(reward)
     outcomes = [t for t in trajectories if t.status != "failed"]
-    values = [compose.trajectory(t).value for t in outcomes]
+    values = [made.of(t).trajectory(t).value for t in outcomes]
     solved = [t.metrics["success"] for t in outcomes if "success" in t.metrics]
     by_task = _by_task(outcomes, values)
     rates = _by_task(outcomes, solved) if len(solved) == len(outcomes) else []
