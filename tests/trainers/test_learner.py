@@ -178,7 +178,6 @@ def test_proximal_policy_stays_fixed_over_epochs() -> None:
         found[proximal] = learner.update(EPISODES, CREDIT)
     assert found["learner"]["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert abs(found["sampler"]["ratio"] - 1.0) > 1e-3
-    assert found["learner"]["mismatch"] > 0.01
 
 
 def test_a_reference_holds_the_policy_back() -> None:

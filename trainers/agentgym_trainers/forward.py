@@ -20,6 +20,7 @@ from agentgym.errors import ConfigError, RecordError
 from agentgym.modeling.logprobs import chunked_divergence, chunked_logprobs, head_of, packed_hidden
 from agentgym.seeding import key, uniforms
 from agentgym.types import Batch
+from agentgym_trainers.history import History
 from agentgym_trainers.objective.declare import (
     Distillation,
     Entropy,
@@ -43,11 +44,13 @@ class Blank(NamedTuple):
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch of an update: `fixed` are its tokens before any forward pass, with `logp` = `old`; `layer` is the
-    layer that log-probs come from (None: the last), `blanked` the ids [N] with observations masked, or None."""
+    """A micro-batch of an update that began with optimiser step `step`: `fixed` are its tokens before any forward pass,
+    with `logp` = `old`; `layer` is the layer that log-probs come from (None: the last), `blanked` the ids [N] with
+    observations masked, or None."""
 
     batch: Batch
     fixed: Tokens
+    step: int
     layer: int | None = None
     blanked: NDArray[np.int32] | None = None
 
@@ -56,7 +59,8 @@ class Forward:
     """The models of an update and how they are read.
 
     `temperature` is the sampler's, so that both speak of the same distribution. `reference` and `teacher` are frozen
-    modules. Raises `ConfigError` where the objective needs one that is missing.
+    modules. With a `history` the log-probs of the versions that sampled are worked out too. Raises `ConfigError` where
+    the objective needs a module that is missing.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Forward:
         temperature: float = 1.0,
         seed: int = 0,
         blank: Blank | None = None,
+        history: History | None = None,
     ) -> None:
         if objective.needs_reference and reference is None:
             raise ConfigError("a KL regulariser needs a reference; pass the frozen module")
@@ -79,15 +84,16 @@ class Forward:
         self.perception: Perception | None = objective.find(Perception)
         moving = bool(objective.customs) or any(isinstance(r, Entropy | EntropyBand) for r in objective.regularisers)
         self.entropy: bool | Literal["detached"] = moving or "detached"
-        self.reads_sampler = objective.reads_sampler
-        self.module, self.teacher = module, teacher
+        self.reads_sampler, self.needs_sampler = objective.reads_sampler, objective.needs_sampler
+        self.module, self.teacher, self.history = module, teacher, history
         self.reference = reference if objective.needs_reference else None
         self.temperature, self.seed, self.blank = temperature, seed, blank or Blank()
 
     @torch.no_grad()
-    def prepare(self, batch: Batch, step: int) -> Micro:
-        """What stays fixed during the update that begins with optimiser step `step` (from 0). `ModelError` for a layer
-        that the model does not have, `RecordError` where a log-prob of the sampler is compared with and missing.
+    def prepare(self, batch: Batch, step: int, version: int | None = None) -> Micro:
+        """What stays fixed during the update that begins with optimiser step `step` (from 0) at this version of the
+        weights (None: the one that sampled). `ModelError` for a layer that the model does not have, `RecordError` where
+        a log-prob of the sampler is compared with and missing, and for a token of a later version or a forgotten one.
 
         While log-probs come from a layer inside, the sampler's are of another distribution, so the proximal policy is
         the learner's own.
@@ -104,7 +110,29 @@ class Forward:
         reference = None if self.reference is None else self.logprobs(self.reference, batch, layer)
         share = self.perception.share if self.perception else 0.0
         blanked = blanked_ids(batch, share, self.blank, key(self.seed, "blank", step)) if self.perception else None
-        return Micro(batch, replace(fixed, logp=old, old=old, reference=reference), layer, blanked)
+        age = self._age(batch, fixed.sampled, version) if layer is None else None
+        fixed = replace(fixed, logp=old, old=old, reference=reference, age=age, own=old if own and not layer else None)
+        return Micro(batch, replace(fixed, behaviour=self._behaviour(batch, fixed)), step, layer, blanked)
+
+    def _age(self, batch: Batch, like: Tensor, version: int | None) -> Tensor | None:
+        """Updates since each trained token was sampled [M], or NaN; None where nothing is known of any sampler."""
+        if version is None:
+            return torch.zeros_like(like) if self.needs_sampler else None
+        sampled = batch.versions[trained(batch)]
+        if (sampled > version).any():
+            raise RecordError(f"a token of version {sampled.max()} of the weights, and the learner is at {version}")
+        return torch.from_numpy(np.where(sampled < 0, np.nan, version - sampled)).to(like)
+
+    def _behaviour(self, batch: Batch, fixed: Tokens) -> Tensor | None:
+        """Log-probs of the versions that sampled [M], one forward pass for each of them."""
+        if self.history is None or fixed.age is None:
+            return None
+        found, versions = torch.full_like(fixed.sampled, torch.nan), batch.versions[trained(batch)]
+        for held, mine in self.history.holding(versions):
+            with self.history.under(held):
+                at = torch.from_numpy(mine).to(found.device)
+                found[at] = self.logprobs(self.module, batch)[at]
+        return found
 
     def tokens(self, micro: Micro) -> Tokens:
         """The trained tokens, with gradient unless the caller turned it off."""

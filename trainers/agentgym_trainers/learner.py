@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from agentgym.errors import ConfigError, ModelError, RecordError
 from agentgym.seeding import rng
-from agentgym.types import Batch, Trajectory, WeightsVersion
+from agentgym.types import Batch, Trajectory, Turns, WeightsVersion
 from agentgym_trainers import ranks
 from agentgym_trainers.controllers import begun, controlled, numbers, with_numbers
 from agentgym_trainers.forward import LEAVES, Blank, Forward, Micro, joined, trained
+from agentgym_trainers.history import HISTORY, History
 from agentgym_trainers.objective.aggregations import count_parts
 from agentgym_trainers.objective.compute import loss, summarise
 from agentgym_trainers.objective.declare import IMITATION, Objective, Struct
@@ -117,8 +118,9 @@ class Learner:
 
     `total_steps` is the length of the learning-rate schedule in optimiser steps. `temperature` is the sampler's, so
     that both speak of the same distribution. `reference` and `teacher` are frozen modules, for the regularisers that
-    need them; `blank` is what masked observations are replaced with. `objective` is the one of the next step:
-    controllers move its numbers.
+    need them; `blank` is what masked observations are replaced with. With `remember`, the weights of so many versions
+    before the current one are kept, and the log-probs of those that sampled are worked out (`History`). `objective` is
+    the one of the next step: controllers move its numbers.
     """
 
     def __init__(
@@ -133,9 +135,12 @@ class Learner:
         reference: nn.Module | None = None,
         teacher: nn.Module | None = None,
         blank: Blank | None = None,
+        remember: int | None = None,
     ) -> None:
         self.trainable, self.objective, self.optim = trainable, begun(objective), optim
         self.total_steps, self.seed = total_steps, seed
+        self.parameters = _moving(trainable.module(), optim.only)
+        self.history = None if remember is None else History(self.parameters, remember)
         self.forward = Forward(
             objective,
             trainable.module(),
@@ -144,10 +149,10 @@ class Learner:
             temperature=temperature,
             seed=seed,
             blank=blank,
+            history=self.history,
         )
         self.steps = 0
         self.updates = 0
-        self.parameters = _moving(trainable.module(), optim.only)
         self.masters = [_master(p) for p in self.parameters]
         self.optimiser = torch.optim.AdamW(
             self.masters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
@@ -156,18 +161,27 @@ class Learner:
     # --- one update, one step ---
 
     def update(
-        self, trajectories: Sequence[Trajectory], advantages: Advantages, rewards: Sequence[float] | None = None
+        self,
+        trajectories: Sequence[Trajectory],
+        advantages: Advantages,
+        rewards: Sequence[float] | None = None,
+        *,
+        version: int | None = None,
     ) -> dict[str, float]:
         """Every optimiser step that one rollout pays for; the mean of their figures.
 
-        `rewards` are the composed ones, for objectives that read them. Raises `RecordError` for an advantage that is
-        not finite, before any weight moves.
+        `rewards` are the composed ones, for objectives that read them; `version` is the number of the weights as they
+        are, None where they sampled all of it themselves. Raises `RecordError` for an advantage that is not finite and
+        for a token of a version that cannot be, before any weight moves.
         """
         _refuse_strange(trajectories, advantages)
-        minibatches = [self._prepare(part, advantages, trajectories, rewards) for part in self._cut(trajectories)]
+        if self.history is not None and version is not None:
+            self.history.remember(version)
+        cut = self._cut(trajectories)
+        minibatches = [self._prepare(part, advantages, trajectories, rewards, version) for part in cut]
         steps = [self._step(parts) for _ in range(self.optim.epochs) for parts in minibatches]
         self.updates += 1
-        return mean_figures([figures for figures in steps if figures])
+        return mean_figures([figures for figures in steps if figures]) | stale_cache(trajectories)
 
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One optimiser step over these micro-batches; the result does not depend on how they are cut. Nothing moves,
@@ -191,6 +205,7 @@ class Learner:
         advantages: Advantages,
         trajectories: Sequence[Trajectory],
         rewards: Sequence[float] | None,
+        version: int | None,
     ) -> list[Micro]:
         batches = self.trainable.collate(
             [trajectories[i] for i in part],
@@ -199,7 +214,7 @@ class Learner:
             behaviour=self.objective.needs_sampler,
             rewards=None if rewards is None else [rewards[i] for i in part],
         )
-        return [self.forward.prepare(batch, self.steps) for batch in batches]
+        return [self.forward.prepare(batch, self.steps, version) for batch in batches]
 
     def _step(self, parts: Sequence[Micro]) -> dict[str, float]:
         parts = [part for part in parts if len(part.fixed.logp)]
@@ -228,7 +243,7 @@ class Learner:
         """Micro-batch by micro-batch: loss and sums of all ranks; the gradients are this rank's."""
         value, sums = 0.0, []
         for part in parts:
-            found, part_sums = loss(self.objective, self.forward.tokens(part), total)
+            found, part_sums = loss(self.objective, self._tokens(part), total)
             found.backward(inputs=self.parameters)
             value += float(found.detach())
             sums.append(part_sums)
@@ -239,17 +254,23 @@ class Learner:
         """The same for a loss of the whole step: its derivatives by the leaves first, then those of the leaves."""
         found, sums, derivatives = self._derivatives(parts, total)
         for part in parts:
-            tokens = self.forward.tokens(part)
+            tokens = self._tokens(part)
             size = len(tokens.logp)
             leaves = [getattr(tokens, name) for name in derivatives]
             torch.autograd.backward(leaves, [d[:size] for d in derivatives.values()], inputs=self.parameters)
             derivatives = {name: d[size:] for name, d in derivatives.items()}
         return found, sums
 
+    def _tokens(self, part: Micro) -> Tokens:
+        """The trained tokens; in the first step of an update the policy is still the one that it began with."""
+        tokens = self.forward.tokens(part)
+        first = tokens.own is None and part.layer is None and part.step == self.steps
+        return replace(tokens, own=tokens.logp.detach()) if first else tokens
+
     def _derivatives(self, parts: Sequence[Micro], total: Totals) -> tuple[float, Sums, dict[str, Tensor]]:
         """The loss of the step over all ranks, its sums, and its derivative by each leaf of this rank's tokens."""
         with torch.no_grad():
-            seen = ranks.gather([_to(self.forward.tokens(part), "cpu") for part in parts])
+            seen = ranks.gather([_to(self._tokens(part), "cpu") for part in parts])
         device = self.parameters[0].device
         whole = _to(joined([tokens for held in seen for tokens in held]), device)
         leaves = {name: x.requires_grad_() for name in LEAVES if (x := getattr(whole, name)) is not None}
@@ -312,13 +333,19 @@ class Learner:
         }
         pairs = zip(self.parameters, self.masters, strict=True)
         masters = {f"{i}.{MASTER}": m.detach() for i, (p, m) in enumerate(pairs) if p is not m}
-        return tensors | masters, {"steps": self.steps, "updates": self.updates, "numbers": numbers(self.objective)}
+        before = {} if self.history is None else self.history.state()
+        plain = {"steps": self.steps, "updates": self.updates, "numbers": numbers(self.objective)}
+        return tensors | masters | before, plain
 
     def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """The inverse of `state`, on a learner made in the same way."""
         held: dict[int, dict[str, Tensor]] = {}
+        if self.history is not None:
+            self.history.restore(tensors)
         for key, value in tensors.items():
             index, _, name = key.partition(".")
+            if index == HISTORY:
+                continue
             if name == MASTER:
                 self.masters[int(index)].data.copy_(value)
             else:
@@ -381,6 +408,14 @@ def _to(tokens: Tokens, device: str | torch.device) -> Tokens:
     held = {f.name: getattr(tokens, f.name) for f in fields(tokens)}
     moved: dict[str, Any] = {name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)}
     return replace(tokens, **moved)
+
+
+def stale_cache(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """The share of the trained tokens in spans that attended to caches of older weights, where there are any."""
+    spans = [turn.action.span for t in trajectories if isinstance(t.turns, Turns) for turn in t.turns.items]
+    sizes = [(len(span.ids), span.stale) for span in spans if span is not None]
+    stale = sum(size for size, kept in sizes if kept)
+    return {"stale_cache": stale / sum(size for size, _ in sizes)} if stale else {}
 
 
 def mean_figures(figures: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -279,7 +279,7 @@ def _goes(o: Any, c: Any) -> None:
 
 
 FIGURES = (
-    *("loss", "grad_norm", "tokens", "nll", "entropy", "kl", "mismatch"),
+    *("loss", "grad_norm", "tokens", "nll", "entropy", "kl"),
     *("ratio", "ratio_max", "ratio_variance", "clipped", "clipped_up", "clipped_down"),
 )
 """Figures that every step has; `figures_of` adds those of an objective."""

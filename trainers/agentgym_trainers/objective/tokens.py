@@ -24,6 +24,9 @@ class Tokens:
     logp        of the policy; carries gradient, as do `entropy`, `masked` and `divergence`
     old         of the proximal policy
     sampled     of the distribution the sampler drew from; NaN where it was not recorded
+    own         of the learner at the start of the update; None where nothing has worked it out
+    behaviour   of the version of the weights that sampled, worked out by the learner; NaN where that is not known
+    age         updates since that version; NaN where it is not known
     sequence    which of the S sequences a token belongs to, ascending
     turn, segment     turn index; index into `labels`
     group, domain     [S] hashes: sequences with equal ones share a prompt, a domain
@@ -39,6 +42,9 @@ class Tokens:
     advantages: Tensor
     sequence: Tensor
     sequences: int
+    own: Tensor | None = None
+    behaviour: Tensor | None = None
+    age: Tensor | None = None
     turn: Tensor | None = None
     segment: Tensor | None = None
     labels: tuple[str, ...] = ("",)
