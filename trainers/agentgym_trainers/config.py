@@ -281,13 +281,25 @@ def from_table(table: Mapping[str, Any]) -> Config:
     A `method` is a name here and no more: `resolve` lays its sections.
     """
     _check_keys(table, Config, "")
-    table = {**table, "reward": _filled(table.get("reward", {}), table.get("env", {}))}
+    table = {**table, **_rewards(table)}
     try:
         config = msgspec.convert(table, Config, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{error}".replace(" - at `$.", " (at ").replace("`", ")")) from error
     check(config)
     return config
+
+
+def _rewards(table: Mapping[str, Any]) -> Table:
+    """The sections with rewards, "environment" filled in: the run's; or those of a mixture's components, each its own
+    or else the run's, which stay the run's where all are equal."""
+    reward, parts = table.get("reward", {}), table.get("mixture")
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts) or not parts:
+        return {"reward": _filled(reward, table.get("env", {}))}
+    filled = [_filled(part.get("reward") or reward, part.get("env", {})) for part in parts]
+    if all(other == filled[0] for other in filled):
+        return {"reward": filled[0], "mixture": [{**part, "reward": {}} for part in parts]}
+    return {"reward": {}, "mixture": [{**part, "reward": own} for part, own in zip(parts, filled, strict=True)]}
 
 
 def _filled(declaration: Any, env: Mapping[str, Any]) -> Any:
