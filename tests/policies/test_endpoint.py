@@ -23,8 +23,10 @@ from agentgym.rollout import Runner, episodes
 from agentgym.testing import check_policy
 from agentgym.testing.fakes import CountingEnv
 from agentgym.types import AGENT, Action, Array, Episode, Message, Observation, Sampling, Task, ToolCall, say
-from agentgym_policies import endpoint as module
-from agentgym_policies.endpoint import Endpoint, EndpointSession, base_of, pause, retry_after
+from agentgym_policies.endpoint import ChatSession, Endpoint
+from agentgym_policies.endpoint import client as module
+from agentgym_policies.endpoint.client import base_of, pause
+from agentgym_policies.endpoint.limits import retry_after
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(60)]
 
@@ -53,7 +55,7 @@ class Server:
         self.url = ""
         self.endpoint: Endpoint
 
-    def session(self) -> EndpointSession:
+    def session(self) -> ChatSession:
         return self.endpoint.session(EPISODE, AGENT)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
@@ -116,7 +118,7 @@ async def opened(url: str, **options: Any) -> AsyncIterator[Endpoint]:
     try:
         yield endpoint
     finally:
-        assert endpoint.free_slots == endpoint.concurrency
+        assert endpoint.free_slots == endpoint.client.concurrency
         await endpoint.aclose()
 
 
@@ -131,7 +133,7 @@ async def once(endpoint: Endpoint, observation: Observation = ASK, episode: Epis
 async def test_a_chat_keeps_its_messages_and_says_how_to_sample() -> None:
     sampling = Sampling(temperature=0.5, top_p=0.9, top_k=7, max_tokens=11, stop=("END",))
     async with (
-        talking(lambda body, n: f"reply {n}", key="secret") as server,
+        talking(lambda body, n: f"reply {n}", key="secret", tokens="off") as server,
         server.endpoint.session(EPISODE, AGENT) as session,
     ):
         first = await session.act(say("one", "two"), sampling)
@@ -357,7 +359,7 @@ def test_backoff_doubles_and_its_jitter_is_keyed(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 async def test_what_cannot_pass_is_a_fault_at_once(status: int) -> None:
-    async with talking(lambda body, n: trouble(status, "bad key: ***")) as server:
+    async with talking(lambda body, n: trouble(status, "bad key: ***"), tokens="off") as server:
         with pytest.raises(EngineFault, match=rf"chat/completions answered {status} .*: bad key: \*\*\*$"):
             await once(server.endpoint)
     assert len(server.asked) == 1
@@ -396,11 +398,15 @@ async def test_a_redirect_is_not_followed_but_named() -> None:
         "[" * 100_000,
     ],
 )  # fmt: skip
-async def test_an_answer_that_is_none_is_a_fault_at_once(body: str) -> None:
-    async with talking(lambda asked, n: web.Response(body=body.encode("latin-1"))) as server:
-        with pytest.raises(EngineFault, match="the endpoint's answer") as caught:
+async def test_an_answer_that_is_none_is_asked_for_again_and_then_a_fault(body: str) -> None:
+    broken = body.encode("latin-1")
+    async with talking(lambda asked, n: web.Response(body=broken) if n < 3 else "ok") as server:
+        assert (await once(server.endpoint)).text == "ok"
+    async with talking(lambda asked, n: web.Response(body=broken), retries=1) as server:
+        with pytest.raises(EngineFault, match=r"the endpoint's answer.*\(tries: 2\)") as caught:
             await once(server.endpoint)
-    assert len(server.asked) == 1
+    assert len(server.asked) == 2
+    assert server.endpoint.usage.troubles == {"unreadable": 2}
     assert ("overloaded" in str(caught.value)) == ("overloaded" in body)
     assert len(str(caught.value)) < 1000
 
@@ -612,7 +618,8 @@ async def test_the_command_says_why_an_endpoint_fails() -> None:
 
 
 def test_without_aiohttp_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "agentgym_policies.endpoint")
+    for name in [name for name in sys.modules if name.startswith("agentgym_policies.endpoint")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(MissingExtra, match=r"agentgym-suite\[http\]"):
         registry.load("endpoint", "policies")
