@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 310, 150
@@ -17,32 +17,67 @@ STYLE = """
 .agentgym svg text.v{font-size:12.5px;fill:var(--blue);font-weight:600}
 .agentgym svg .axis{stroke:var(--line);stroke-width:1}
 .agentgym svg .raw{fill:none;stroke:var(--blue);stroke-width:1.2;opacity:.3}
-.agentgym svg .line{fill:none;stroke:var(--blue);stroke-width:2;stroke-linejoin:round}
-.agentgym svg .dot{fill:var(--blue)}
+.agentgym svg .line{fill:none;stroke:var(--c,var(--blue));stroke-width:2;stroke-linejoin:round}
+.agentgym svg .dot{fill:var(--c,var(--blue))}
+.agentgym svg text.l{font-size:12px;fill:var(--ink)}
 """
+COLOURS = ("blue", "green", "amber", "red", "soft")
+"""Of lines in one chart, in turn."""
+LEGEND = 16
+"""Height of a line's entry below its chart."""
 
 Points = Sequence[tuple[float, float]]
 
 
 def chart(title: str, points: Points) -> str:
     """One curve: what was measured, faint, and its running mean; the last value beside the title."""
-    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    if not finite:
+    found = finite(points)
+    if not found:
         return ""
-    xs, ys = [x for x, _ in finite], [y for _, y in finite]
-    low, high = _span(ys)
-    smooth = list(zip(xs, running_mean(ys), strict=True))
-    place = _Scale(xs, low, high)
-    marks = "".join(_grid(y, place) for y in ticks(low, high))
-    raw = _path(finite, place, "raw") if len(finite) > 12 else ""
-    end = place(*smooth[-1])
+    place = _Scale(found)
+    raw = _path(found, place, "raw") if len(found) > 12 else ""
+    last = f'<text class="v" x="{WIDTH - RIGHT}" y="17" text-anchor="end">{found[-1][1]:.4g}</text>'
+    return _drawing(title, last + place.grid() + raw + _line(found, place))
+
+
+def chart_of(title: str, named: Mapping[str, Points]) -> str:
+    """Several curves by name on common axes: their running means, and below them the names with the last values."""
+    held = {name: found for name, points in named.items() if (found := finite(points))}
+    if not held:
+        return ""
+    place = _Scale([point for found in held.values() for point in found])
+    drawn = "".join(
+        f'<g style="--c:var(--{COLOURS[n % len(COLOURS)]})">{_line(found, place)}{_entry(n, name, found[-1][1])}</g>'
+        for n, (name, found) in enumerate(held.items())
+    )
+    return _drawing(title, place.grid() + drawn, HEIGHT + LEGEND * len(held))
+
+
+def finite(points: Points) -> Points:
+    """Those of the points that can be drawn."""
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+
+
+def _drawing(title: str, body: str, height: int = HEIGHT) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f'<text class="t" x="12" y="17">{escape(title)}</text>'
-        f'<text class="v" x="{WIDTH - RIGHT}" y="17" text-anchor="end">{ys[-1]:.4g}</text>{marks}'
-        f'<text x="{LEFT}" y="{HEIGHT - 6}">{min(xs):.6g}</text>'
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{max(xs):.6g}</text>'
-        f'{raw}{_path(smooth, place, "line")}<circle class="dot" cx="{end[0]:.1f}" cy="{end[1]:.1f}" r="3"/></svg>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f'<text class="t" x="12" y="17">{escape(title)}</text>{body}</svg>'
+    )
+
+
+def _line(points: Points, place: _Scale) -> str:
+    """The running mean, with a dot at its end."""
+    smooth = [(x, mean) for (x, _), mean in zip(points, running_mean([y for _, y in points]), strict=True)]
+    end = place(*smooth[-1])
+    return f'{_path(smooth, place, "line")}<circle class="dot" cx="{end[0]:.1f}" cy="{end[1]:.1f}" r="3"/>'
+
+
+def _entry(number: int, name: str, last: float) -> str:
+    """A line's entry in the legend."""
+    y = HEIGHT + LEGEND * number
+    return (
+        f'<circle class="dot" cx="16" cy="{y + 4}" r="4"/><text class="l" x="26" y="{y + 8}">{escape(name)}</text>'
+        f'<text class="l" x="{WIDTH - RIGHT}" y="{y + 8}" text-anchor="end">{last:.4g}</text>'
     )
 
 
@@ -61,15 +96,24 @@ def _span(ys: Sequence[float]) -> tuple[float, float]:
 class _Scale:
     """From a point of the data to a point of the drawing."""
 
-    def __init__(self, xs: Sequence[float], low: float, high: float) -> None:
-        self.x0, self.across = min(xs), (max(xs) - min(xs)) or 1.0
-        self.y0, self.up = low, high - low
+    def __init__(self, points: Points) -> None:
+        xs = [x for x, _ in points]
+        self.low, self.high = _span([y for _, y in points])
+        self.x0, self.x1 = min(xs), max(xs)
 
     def __call__(self, x: float, y: float) -> tuple[float, float]:
         return (
-            LEFT + (WIDTH - LEFT - RIGHT) * (x - self.x0) / self.across,
-            TOP + (HEIGHT - TOP - BOTTOM) * (1 - (y - self.y0) / self.up),
+            LEFT + (WIDTH - LEFT - RIGHT) * (x - self.x0) / ((self.x1 - self.x0) or 1.0),
+            TOP + (HEIGHT - TOP - BOTTOM) * (1 - (y - self.low) / (self.high - self.low)),
         )
+
+    def grid(self) -> str:
+        """Horizontal lines at round numbers, and both ends of the horizontal axis."""
+        ends = (
+            f'<text x="{LEFT}" y="{HEIGHT - 6}">{self.x0:.6g}</text>'
+            f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{self.x1:.6g}</text>'
+        )
+        return "".join(_grid(y, self) for y in ticks(self.low, self.high)) + ends
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from itertools import accumulate, count, islice
-from typing import Self
+from typing import Any, Self
 
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, unknown
@@ -239,3 +239,10 @@ class Composers:
 def composers(env: Environment) -> Composers:
     """What an environment declares itself; a mixture's members each for itself."""
     return Composers(env.reward, env.rewards if isinstance(env, Mixture) else None)
+
+
+def part_of(config: Mapping[str, Any], trajectory: Trajectory) -> Mapping[str, Any]:
+    """Of a run's config what holds `env` and `reward` of this episode: its component of a mixture, else the whole."""
+    domain = trajectory.labels.get(DOMAIN, "")
+    parts = (part for part in config.get(MIXTURE, ()) if domain == (part.get("name") or part["env"]["id"]))
+    return next(parts, config)

@@ -16,6 +16,7 @@ from agentgym import charts, registry
 from agentgym.errors import AgentGymError
 from agentgym.figures import percent, ranked
 from agentgym.html import chip, page, safe, table, trajectory_body
+from agentgym.mixture import part_of
 from agentgym.shards import Entry
 from agentgym.store import Run, load_run, write_atomic
 from agentgym.types import Trajectory
@@ -24,6 +25,8 @@ EXAMPLES = 4
 """Episodes shown whole."""
 LADDER = "ladder/"
 """Begins the names of reference policies among the evaluations."""
+DOMAIN = "domain/"
+"""Begins the names of figures by domain."""
 SHOWN = 9
 """Curves of a phase that are shown at once."""
 CLOCKS = ("step", "phase", "time", "seconds", "elapsed", "kind")
@@ -147,16 +150,28 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     return "".join(_phase(phase, held, n == 0) for n, (phase, held) in enumerate(reversed(curves(metrics).items())))
 
 
-def _phase(phase: str, held: Mapping[str, Sequence[tuple[float, float]]], is_open: bool) -> str:
-    moving = [name for name in ranked(held) if len({y for _, y in held[name]}) > 1]
-    rest = [name for name in ranked(held) if name not in moving[:SHOWN]]
+def _phase(phase: str, held: Mapping[str, charts.Points], is_open: bool) -> str:
+    names = [name for name in ranked(held) if not name.startswith(DOMAIN)]
+    moving = [name for name in names if len({y for _, y in held[name]}) > 1]
+    rest = [name for name in names if name not in moving[:SHOWN]]
     more = f"<details><summary>{len(rest)} more</summary>{_grid(rest, held)}</details>" if rest else ""
     flag = " open" if is_open else ""
     title = f"<summary>{safe(phase)}</summary>" if phase else "<summary>all steps</summary>"
-    return f"<details{flag}>{title}{_grid(moving[:SHOWN], held)}{more}</details>"
+    return f"<details{flag}>{title}{_grid(moving[:SHOWN], held)}{_domains(held)}{more}</details>"
 
 
-def _grid(names: Sequence[str], held: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+def _domains(held: Mapping[str, charts.Points]) -> str:
+    """A chart for each figure that is told by domain ("domain/NAME/figure"), with a line for each domain."""
+    found: dict[str, dict[str, charts.Points]] = {}
+    for name, points in held.items():
+        if name.startswith(DOMAIN):
+            domain, _, figure = name.removeprefix(DOMAIN).rpartition("/")
+            found.setdefault(figure, {})[domain] = points
+    drawn = "".join(charts.chart_of(f"{figure} by domain", found[figure]) for figure in ranked(found))
+    return f'<div class="charts">{drawn}</div>' if drawn else ""
+
+
+def _grid(names: Sequence[str], held: Mapping[str, charts.Points]) -> str:
     return f'<div class="charts">{"".join(charts.chart(name, held[name]) for name in names)}</div>'
 
 
@@ -164,14 +179,13 @@ def _grid(names: Sequence[str], held: Mapping[str, Sequence[tuple[float, float]]
 
 
 def _examples(run: Run) -> str:
-    reward = declared_reward(run.config)
-    return "".join(_example(t, why, reward, is_open=n == 0) for n, (t, why) in enumerate(_chosen(run)))
+    return "".join(_example(run, t, why, is_open=n == 0) for n, (t, why) in enumerate(_chosen(run)))
 
 
-def _example(trajectory: Trajectory, why: str, reward: Mapping[str, Any] | None, is_open: bool) -> str:
+def _example(run: Run, trajectory: Trajectory, why: str, is_open: bool) -> str:
     title = f"{why}: {trajectory.episode.id}"
-    flag = " open" if is_open else ""
-    return f"<details{flag}><summary>{safe(title)}</summary>{trajectory_body(trajectory, reward)}</details>"
+    body = trajectory_body(trajectory, declared_reward(run.config, trajectory))
+    return f"<details{' open' if is_open else ''}><summary>{safe(title)}</summary>{body}</details>"
 
 
 def _chosen(run: Run) -> Iterator[tuple[Trajectory, str]]:
@@ -201,12 +215,15 @@ def find(run: Run, entry: Entry) -> Trajectory:
     return next(t for n, t in enumerate(held) if n == position)
 
 
-def declared_reward(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The composer that the run used: its own `reward`, else the environment's; None where neither can be had."""
-    if isinstance(config.get("reward"), Mapping) and "op" in config["reward"]:
-        own: Mapping[str, Any] = config["reward"]
-        return own
-    env = config.get("env", {})
+def declared_reward(config: Mapping[str, Any], trajectory: Trajectory) -> Mapping[str, Any] | None:
+    """The composer that the run used for this episode: that of its component of a mixture, else the run's own, else the
+    environment's; None where none can be had."""
+    part = part_of(config, trajectory)
+    for held in (part, config):
+        if isinstance(held.get("reward"), Mapping) and "op" in held["reward"]:
+            own: Mapping[str, Any] = held["reward"]
+            return own
+    env = part.get("env", {})
     try:
         declared = getattr(registry.load(env["id"] if isinstance(env, Mapping) else env), "reward", None)
     except (AgentGymError, KeyError):

@@ -9,6 +9,7 @@ from agentgym.cli.environments import make
 from agentgym.cli.output import emit, out
 from agentgym.errors import DataError, unknown
 from agentgym.html import trajectory_page
+from agentgym.mixture import part_of
 from agentgym.replay import replay
 from agentgym.report import declared_reward, find, write_report
 from agentgym.shards import Entry
@@ -20,9 +21,9 @@ def run_replay(options: Namespace) -> int:
     run, entry = recorded(options.trajectory)
     trajectory = find(run, entry)
     if options.html:
-        page = trajectory_page(trajectory, declared_reward(run.config))
+        page = trajectory_page(trajectory, declared_reward(run.config, trajectory))
         write_atomic(Path(options.html), page.encode())
-    env = run.config.get("env", {})
+    env = part_of(run.config, trajectory).get("env", {})
     same_env = isinstance(env, dict) and env.get("id", trajectory.env) == trajectory.env
     report = replay(trajectory, make(trajectory.env, env if same_env else {}))
     if options.json:

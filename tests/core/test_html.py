@@ -186,6 +186,16 @@ def test_curves_need_two_points_and_numbers() -> None:
     assert list(curves([{"phase": phase, **line} for phase in ("sft", "rl") for line in lines])) == ["sft", "rl"]
 
 
+def test_lines_of_one_chart_have_their_colour_name_and_last_value() -> None:
+    drawn = charts.chart_of("success by domain", {"<a>": [(0, 0.0), (1, 0.25)], "b": [(0, 1.0), (1, float("nan"))]})
+    assert drawn.count('class="line"') == 2
+    assert "&lt;a&gt;</text>" in drawn
+    assert ">0.25</text>" in drawn
+    assert "nan" not in drawn
+    assert {"var(--blue)", "var(--green)"} <= set(re.findall(r"--c:(var\(--\w+\))", drawn))
+    assert charts.chart_of("nothing", {"a": [(0, float("nan"))]}) == ""
+
+
 # --- a run's page -----------------------------------------------------------------------------------------------
 
 
@@ -204,7 +214,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             policy = env.ladder()["oracle" if step == 2 else "random"]
             for played in asyncio.run(Runner(env, policy, retries=0).collect(episodes(tasks, 2, step))):
                 run.append(played, step=step, value=None if played.failure else compose.trajectory(played).value)
-            run.log({"step": step, "loss": 1.0 / (1 + step)})
+            told = {f"domain/{name}/{figure}": step / 2 for name in ("a/b", "c") for figure in ("share", "success")}
+            run.log({"step": step, "loss": 1.0 / (1 + step), **told})
         for name in ("random", "oracle"):
             judged = asyncio.run(evaluate(CountingEnv(turns=2), env.ladder()[name], episodes=5))
             success = 0.25 if name == "random" else 0.75
@@ -245,3 +256,9 @@ def test_an_empty_run_has_a_page_too(tmp_path: Path) -> None:
     page = run_html(load_run(tmp_path / "empty"))
     harmless(page)
     assert "0 episodes" in page
+
+
+def test_figures_by_domain_are_a_chart_each_with_a_line_for_each_domain(folder: Path) -> None:
+    drawn = run_html(load_run(folder))
+    assert re.findall(r'<text class="t"[^>]*>([^<]*)<', drawn) == ["loss", "success by domain", "share by domain"]
+    assert drawn.count(">a/b</text>") == drawn.count(">c</text>") == 2
