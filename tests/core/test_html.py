@@ -50,7 +50,7 @@ EVIL = [
 ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "main", "section", "div", "span", "p", "b", "pre", "h1", "h2"),
     *("details", "summary", "small", "table", "thead", "tbody", "tr", "th", "td"),
-    *("svg", "text", "line", "polyline", "circle"),
+    *("svg", "g", "text", "line", "polyline", "circle"),
 }
 
 

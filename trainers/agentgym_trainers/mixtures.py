@@ -69,30 +69,30 @@ def reward_of(config: Config, env: Environment) -> Composers:
                 f"the reward of {name} has a constraint, whose multiplier belongs to a run with one declared reward; "
                 "declare it once as [reward], for all components"
             )
-    return Composers(env.reward, declared)
+    return Composers(Environment.reward, declared)
 
 
 # --- what a run learns of its domains ---------------------------------------------------------------------------
 
 
 class Spread(NamedTuple):
-    """Count, mean and sum of squared deviations of all values so far (Welford; batches by Chan, Golub, LeVeque)."""
+    """Number, mean and sum of squared deviations of all values so far (Welford; batches by Chan, Golub, LeVeque)."""
 
-    count: float = 0.0
+    size: float = 0.0
     mean: float = 0.0
     squares: float = 0.0
 
     def joined(self, values: Sequence[float]) -> Spread:
         """With these values besides."""
         found = np.asarray(values, np.float64)
-        count, apart = self.count + len(found), float(found.mean()) - self.mean
-        squares = float(((found - found.mean()) ** 2).sum()) + apart**2 * self.count * len(found) / count
-        return Spread(count, self.mean + apart * len(found) / count, self.squares + squares)
+        size, apart = self.size + len(found), float(found.mean()) - self.mean
+        squares = float(((found - found.mean()) ** 2).sum()) + apart**2 * self.size * len(found) / size
+        return Spread(size, self.mean + apart * len(found) / size, self.squares + squares)
 
     @property
     def scale(self) -> float:
         """One over the standard deviation; 1 where there is none: before two values, or with all of them equal."""
-        std = math.sqrt(self.squares / self.count) if self.count else 0.0
+        std = math.sqrt(self.squares / self.size) if self.size else 0.0
         return 1.0 / std if std > SPREADLESS * max(1.0, abs(self.mean)) else 1.0
 
 
