@@ -92,17 +92,22 @@ def lesson(method: str, seed: int) -> dict[str, Any]:
     from agentgym_trainers.exact.mdp import environment
     from agentgym_trainers.exact.worlds import LESSON
     from agentgym_trainers.reinforce import Reinforcement
+    from agentgym_trainers.rollouts import Rollouts, TaskCursor, Unit
 
     config = lesson_config(method, seed)
     model = Model(LESSON, first_policy(), layers=2)
-    phase = Reinforcement(config, environment(LESSON), model, lambda: copy.deepcopy(model.bigram).requires_grad_(False))
+    env, initial = environment(LESSON), copy.deepcopy(model.bigram).requires_grad_(False)
+    phase, rollouts = Reinforcement(config, env, model, initial), Rollouts(config, env, model.engine)
+    cursor = TaskCursor(env, seed)
     began, values, played = time.perf_counter(), [values_of(model)], 0
 
     async def update(step: int) -> int:
-        groups = await phase.rollouts.play(step)
-        phase.learn(groups, model.engine.version)
+        tasks = tuple(cursor.take(config.rollout.tasks_per_step))
+        unit = await rollouts.play(Unit(number=step, version=step, tasks=tasks, step=step))
+        phase.learn([unit], model.engine.version)
+        rollouts.reprice(phase.multipliers.state())
         await model.publish(WeightsVersion(number=step + 1))
-        return sum(map(len, groups)) + len(phase.rollouts.aside)
+        return len(unit.everything)
 
     for step in range(config.run.steps):
         played += asyncio.run(update(step))

@@ -52,7 +52,9 @@ def test_reinforcement_finds_the_arm_that_pays(tmp_path: Path) -> None:
     lines = [line for line in run.metrics if line.get("phase") == "rl"]
     assert len(lines) == 12
     assert {"return", "success", "valid", "entropy", "kl", "ratio", "clipped", "grad_norm", "tokens"} <= set(lines[0])
-    assert {"seconds_rollout", "seconds_learn", "sampled_per_second", "failed"} <= set(lines[0])
+    assert {"seconds_waiting", "seconds_learning", "sampled_per_second", "failed", "staleness", "timeline"} <= set(
+        lines[0]
+    )
     assert lines[0]["ratio"] == pytest.approx(1.0, abs=1e-4)
     assert lines[0]["mismatch"] == pytest.approx(0.0, abs=1e-4)
     assert [line["evaluation"]["policy"] for line in run.metrics if "evaluation" in line] == [
@@ -188,7 +190,7 @@ def test_the_buffer_admits_what_may_be_learnt_from_and_counts_the_rest() -> None
     buffer = Buffer(max_staleness=1, drop_equal=True)
     mixed = [sample(1.0, version=5), sample(0.0, version=4), sample(0.5, version=3), sample(None)]
     assert [s.value for s in buffer.take([mixed, [sample(1.0, "h", 5), sample(1.0, "h", 5)]], 5)] == [1.0, 0.0]
-    assert buffer.counts == {"failed": 1, "stale": 1, "equal": 2}
+    assert buffer.counts == {"consumed": 2, "failed": 1, "stale": 1, "equal": 2}
     keeps = Buffer(max_staleness=0, drop_equal=False)
     assert len(keeps.take([[sample(1.0), sample(1.0)]], 0)) == 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from agentgym.modeling.renderer import Renderer
 from agentgym.modeling.tokenizer import closed_vocabulary
 from agentgym.policy import Policy, Scripted
 from agentgym.store import load_run
-from agentgym.types import Action, RewardTerm, Task, Trajectory
+from agentgym.types import Action, Task
 from agentgym_policies.torch_engine import TorchEngine
 from agentgym_trainers.config import Config, resolve
 from agentgym_trainers.loop import PolicyGradient
-from agentgym_trainers.rollouts import Rollouts, Sample
+from agentgym_trainers.rollouts import Played, Rollouts, Sample, TaskCursor, Unit
 
 toys.register()
 FOREVER = Scripted(lambda e, a: lambda o: Action(text="blue"))
@@ -57,13 +56,20 @@ def rollouts(policy: Policy, env: Environment | None = None, strategy: Any = Non
     return Rollouts(config, env or Bandit(), policy, **options)
 
 
+async def play(who: Rollouts, step: int = 0) -> Played:
+    """One update of two tasks as one unit."""
+    cursor = TaskCursor(who.env, who.config.run.seed)
+    cursor.seek(2 * step)
+    return await who.play(Unit(number=step, version=0, tasks=tuple(cursor.take(2)), step=step))
+
+
 async def test_a_forced_half_is_recorded_with_its_share() -> None:
     strategy = {"kind": "forced_mode", "begin": "red", "share": 0.5, "reference": 2}
     with pytest.raises(ConfigError, match="'forced_mode' has the initial policy play; give it as reference="):
         rollouts(FOREVER, strategy=strategy)
     who = rollouts(engine(), strategy=strategy, reference=FOREVER)
-    groups = await who.play(0)
-    for group in groups:
+    played = await play(who)
+    for group in played.groups:
         firsts = [next(span for _, span in s.trajectory.spans) for s in group]
         assert [s.trajectory.labels["mode"] for s in group] == ["forced"] * 2 + ["free"] * 2
         for span in firsts[:2]:
@@ -71,18 +77,17 @@ async def test_a_forced_half_is_recorded_with_its_share() -> None:
             assert span.sampled_logprobs[0] == pytest.approx(math.log(0.5))
         assert not any(span.sampled_logprobs for span in firsts[2:])
         assert {s.trajectory.metrics["reference"] for s in group} == {1.0}
-    assert [s.trajectory.labels["mode"] for s in who.aside] == ["reference"] * 4
-    assert [t.seed for t in {s.trajectory.task.id: s.trajectory.task for s in who.aside}.values()] == [0, 1]
+    assert [s.trajectory.labels["mode"] for s in played.aside] == ["reference"] * 4
+    assert [t.seed for t in {s.trajectory.task.id: s.trajectory.task for s in played.aside}.values()] == [0, 1]
 
 
 async def test_hinted_members_are_trained_under_the_original_prompt() -> None:
     who = rollouts(engine(), strategy={"kind": "hinted_rejection", "count": 2, "attempts": 2})
-    groups = await who.play(0)
-    assert [len(g) for g in groups] == [4, 4]
+    found = await play(who)
+    assert [len(g) for g in found.groups] == [4, 4]
     blue = RENDERER.encode("blue")[0]
-    played = [*(s for g in groups for s in g), *who.aside]
-    hinted = [s.trajectory for s in played if s.trajectory.labels["hint"] == "1"]
-    assert len(played) == 8 + len(who.aside)
+    hinted = [s.trajectory for s in found.everything if s.trajectory.labels["hint"] == "1"]
+    assert len(found.handed) == 8
     assert hinted
     for t in hinted:
         first = next(span for _, span in t.spans)
@@ -93,17 +98,14 @@ async def test_hinted_members_are_trained_under_the_original_prompt() -> None:
         np.testing.assert_array_equal(plain.logprobs[plain.mask == 1], batch.logprobs[batch.mask == 1])
 
 
-async def test_annotated_terms_are_composed_and_not_recorded() -> None:
-    def annotate(found: list[Trajectory]) -> Sequence[Sequence[RewardTerm]]:
-        return [(RewardTerm(name="policy.tokens", value=float(t.episode.member)),) for t in found]
-
-    declared = table(rollout={"tasks_per_step": 1, "group_size": 3}) | {
-        "reward": {"op": "weighted_sum", "of": {"hit": 1.0, "policy.tokens": -0.5}}
-    }
-    who = Rollouts(msgspec.convert(declared, Config), BanditEnv(), FOREVER, annotate=annotate)
-    (group,) = await who.play(0)
-    assert [s.value for s in group] == [2.0, 1.5, 1.0]
-    assert {term.name for s in group for term in s.trajectory.rewards} == {"hit"}
+async def test_derived_terms_are_composed_and_not_recorded() -> None:
+    """What a trajectory alone tells: here that nobody sampled a token. What needs the models comes with learning."""
+    declared = table() | {"reward": {"op": "weighted_sum", "of": {"hit": 1.0, "policy.truncated": -0.5}}}
+    who = Rollouts(msgspec.convert(declared, Config), BanditEnv(), FOREVER)
+    played = await play(who)
+    assert {s.value for s in played.handed} == {2.0}
+    assert {term.name for s in played.handed for term in s.trajectory.rewards} == {"hit"}
+    assert {term.name for s in played.handed if s.reward for term in s.reward.extra} >= {"policy.truncated"}
 
 
 async def test_state_goes_on_where_it_was_taken() -> None:
@@ -111,20 +113,17 @@ async def test_state_goes_on_where_it_was_taken() -> None:
     nothing = Scripted(lambda e, a: lambda o: Action(text="red"))
 
     async def hints(who: Rollouts, step: int) -> list[str]:
-        groups = await who.play(step)
-        return [s.trajectory.labels["hint"] for g in groups for s in g]
+        return [s.trajectory.labels["hint"] for s in (await play(who, step)).handed]
 
     straight = rollouts(nothing, strategy=strategy)
     found = [await hints(straight, step) for step in range(3)]
     assert [set(labels) for labels in found] == [{"0"}, {"1"}, {"2"}]
     cut = rollouts(nothing, strategy=strategy)
-    await cut.play(0)
-    saved = msgspec.json.decode(msgspec.json.encode(cut.state()))
+    saved = msgspec.json.decode(msgspec.json.encode((await play(cut)).memory))
     resumed = rollouts(nothing, strategy=strategy)
     resumed.restore(saved)
     assert [await hints(resumed, step) for step in (1, 2)] == found[1:]
-    assert resumed.state() == straight.state()
-    assert saved["cursor"] == 2
+    assert resumed.strategy.state() == straight.strategy.state()
 
 
 async def test_a_strategy_the_environment_cannot_carry_is_refused_when_built() -> None:
@@ -134,10 +133,11 @@ async def test_a_strategy_the_environment_cannot_carry_is_refused_when_built() -
 
 async def test_aside_is_what_was_not_handed_over() -> None:
     who = rollouts(FOREVER, strategy={"kind": "dynamic_filter", "rounds": 2})
-    assert await who.play(0) == []
-    assert len(who.aside) == 16
-    assert who.cursor.position == 4
-    assert all(isinstance(s, Sample) and s.value == 2.0 for s in who.aside)
+    found = await play(who)
+    assert found.groups == []
+    assert len(found.aside) == 16
+    assert len({s.trajectory.episode.group for s in found.aside}) == 4, "further tasks are groups of their own"
+    assert all(isinstance(s, Sample) and s.value == 2.0 for s in found.aside)
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from agentgym.mixture import DOMAIN
+from agentgym.policy import Load
 from agentgym.types import Trajectory
-from agentgym_trainers.rollouts import Sample
+from agentgym_trainers.rollouts import Sample, oldest
 
 Figures = dict[str, float]
 
@@ -19,7 +21,23 @@ def outcomes(samples: Sequence[Sample]) -> Figures:
     values = [s.value for s in good if s.value is not None]
     found = {"return": _mean(values), "return_std": float(np.std(values)) if values else 0.0}
     found |= means(s.trajectory for s in good)
-    return {**found, "episodes": float(len(good)), "failed": float(len(samples) - len(good))}
+    return {**found, "episodes": float(len(good)), "failed": float(len(samples) - len(good)), **by_domain(samples)}
+
+
+def by_domain(samples: Sequence[Sample]) -> Figures:
+    """domain/NAME/figure, where tasks name their domain: return and success of the episodes that did not fail, their
+    number, and the domain's share of all episodes, failed ones too."""
+    held: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        held[sample.trajectory.labels.get(DOMAIN, "")].append(sample)
+    found: Figures = {}
+    for name in sorted(held.keys() - {""}):
+        good = [s for s in held[name] if s.value is not None]
+        told = {"episodes": float(len(good)), "share": len(held[name]) / len(samples)}
+        told |= {"return": _mean([s.value for s in good if s.value is not None])} if good else {}
+        told |= {n: x for n, x in means(s.trajectory for s in good).items() if n == "success"}
+        found |= {f"{DOMAIN}/{name}/{figure}": value for figure, value in told.items()}
+    return found
 
 
 def means(trajectories: Iterable[Trajectory]) -> Figures:
@@ -38,14 +56,28 @@ def success_valid(trajectories: Iterable[Trajectory]) -> float | None:
     return _mean(held) if held else None
 
 
-def speed(samples: Sequence[Sample], playing: float, learning: float) -> Figures:
-    """Seconds by side, and tokens sampled."""
+def speed(samples: Sequence[Sample], seconds: Mapping[str, float]) -> Figures:
+    """Seconds of an update by what the learner's side did, and tokens sampled for it, over all of them."""
     sampled = sum(len(span.ids) for s in samples for _, span in s.trajectory.spans)
     return {
-        "seconds_rollout": playing,
-        "seconds_learn": learning,
+        **{f"seconds_{what}": spent for what, spent in seconds.items()},
         "sampled_tokens": float(sampled),
-        "sampled_per_second": sampled / playing if playing else 0.0,
+        "sampled_per_second": sampled / max(sum(seconds.values()), 1e-9),
+    }
+
+
+def staleness(samples: Sequence[Sample], version: int) -> Figures:
+    """By how many updates the oldest weights that sampled a trajectory were behind `version`, who learnt from it."""
+    ages = [version - oldest(s.trajectory, version) for s in samples if s.value is not None]
+    return {"staleness": _mean(ages), "staleness_max": float(max(ages, default=0))}
+
+
+def busy(load: Load) -> Figures:
+    """The engine at the end of an update."""
+    return {
+        "engine_running": float(load.running),
+        "engine_waiting": float(load.waiting),
+        "engine_cache": load.cache,
     }
 
 

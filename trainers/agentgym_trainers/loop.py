@@ -5,7 +5,7 @@
     model -> copy warm-up -> imitation -> evaluation -> [play -> compose -> admit -> advantages -> learn -> publish] x n
           -> evaluation, the ladder beside it -> report
 
-Rollouts, buffer and learner are three pieces with one line between them; `max_staleness` = 0 runs them in turn.
+Rollouts and learner are two sides with a pipeline between them (`updates`); `max_staleness` = 0 runs them in turn.
 Random numbers hang on (seed, phase, step), so a resumed run draws what an uninterrupted one draws.
 """
 
@@ -30,6 +30,7 @@ from agentgym.evaluation import evaluate
 from agentgym.modeling import build
 from agentgym.policy import Policy
 from agentgym.report import write_report
+from agentgym.rewards import composer
 from agentgym.types import Trajectory, WeightsVersion, iterate
 from agentgym_trainers import config as configs
 from agentgym_trainers import figures, language, sft
@@ -38,8 +39,9 @@ from agentgym_trainers.figures import Figures
 from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.objective.declare import IMITATION, Objective
 from agentgym_trainers.plan import Plan, plan
-from agentgym_trainers.reinforce import Reinforcement, refuse
+from agentgym_trainers.reinforce import Reinforcement, needs_initial, player, refuse
 from agentgym_trainers.state import SUMMARY, Stage, State, Stateful, position, require_free, steps_of
+from agentgym_trainers.updates import Updates
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """progress(phase, done, total, figures of the step just done)"""
@@ -137,6 +139,7 @@ class _Training:
         self.seconds: defaultdict[str, float] = defaultdict(float, state.stage.seconds if state.stage else {})
         self.counts: Counter[str] = Counter(state.stage.counts if state.stage else {})
         self.last: Figures = {}
+        self.updates: Updates | None = None
 
     async def run(self) -> RunSummary:
         self.model = language.make(self.config, self.env, self.state.weights, await self._texts())
@@ -190,15 +193,24 @@ class _Training:
             found = await one(step)
             self.seconds[name] += time.perf_counter() - started
             self.last = found
-            self.state.folder.log({"phase": name, "step": position(self.config, name, step + 1), **found})
+            beside = {"timeline": self.updates.timeline} if self.updates else {}
+            self.state.folder.log({"phase": name, "step": position(self.config, name, step + 1), **found, **beside})
             self.progress(name, step + 1, total, found)
             if (step + 1) % every == 0 or step + 1 == total:
-                self._save(name, step + 1, learner)
+                await self._save(name, step + 1, learner)
         await self.model.publish(WeightsVersion(number=position(self.config, name, total)))
 
-    def _save(self, phase: str, step: int, learner: Stateful) -> None:
-        stage = Stage(phase=phase, step=step, seconds=dict(self.seconds), counts=dict(self.counts))
-        self.state.save(stage, learner, self.model)
+    async def _save(self, phase: str, step: int, learner: Stateful) -> None:
+        """A checkpoint, written while play goes on: whatever ends meanwhile is in the journal that begins with it."""
+        tensors, plain = learner.state()
+        stage = Stage(phase=phase, step=step, learner=plain, seconds=dict(self.seconds), counts=dict(self.counts))
+        if self.updates is None:
+            self.state.save(stage, tensors, self.model)
+            return
+        line = self.updates.line
+        stage = msgspec.structs.replace(stage, begun=line.schedule.next, memory=line.memory)
+        self.state.journal.begin(position(self.config, phase, step), line.open())
+        await self.updates.off_loop(self.state.save, stage, tensors, self.model)
 
     def _learner(self, objective: Objective, optim: Optim, steps: int) -> Learner:
         return Learner(
@@ -232,34 +244,16 @@ class _Training:
         await self._phase("sft", learner, one, SUPERVISED_EVERY)
 
     async def _reinforce(self) -> None:
-        phase = Reinforcement(self.config, self.env, self.model, self._initial, self.counts)
-
-        async def one(step: int) -> Figures:
-            return await self._update(phase, step)
-
+        config, env, model = self.config, self.env, self.model
+        derived = composer(config.reward or env.reward).derived
+        initial = self._initial() if needs_initial(config, derived) else None
+        phase = Reinforcement(config, env, model, initial, self.counts)
+        rollouts = player(config, env, model.engine, model.renderer, initial)
+        self.updates = Updates(self.state, env, rollouts, phase, lambda name: self._judge(name, model.engine))
         try:
-            await self._phase("rl", phase, one, self.config.run.checkpoint_every)
+            await self._phase("rl", phase, self.updates.one, config.run.checkpoint_every)
         finally:
-            phase.close()
-
-    async def _update(self, phase: Reinforcement, step: int) -> Figures:
-        """Play, record, learn, publish."""
-        started = time.perf_counter()
-        version = phase.player.version
-        groups = await phase.rollouts.play(step)
-        played = time.perf_counter()
-        number, everyone = position(self.config, "rl", step + 1), [s for group in groups for s in group]
-        for sample in (*everyone, *phase.rollouts.aside):
-            self.state.folder.append(sample.trajectory, step=number, value=sample.value)
-        learned = phase.learn(groups, version)
-        await self.model.publish(WeightsVersion(number=number))
-        if self.config.eval.every and (step + 1) % self.config.eval.every == 0:
-            await self._judge(f"step {step + 1}", self.model.engine)
-        return {
-            **figures.outcomes(everyone),
-            **learned,
-            **figures.speed((*everyone, *phase.rollouts.aside), played - started, time.perf_counter() - played),
-        }
+            await self.updates.close()
 
     def _initial(self) -> Any:
         """The policy as it was before reinforcement, kept in the run's folder for a resumed run."""

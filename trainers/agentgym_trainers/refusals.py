@@ -32,6 +32,7 @@ _LEAST = {
     **dict.fromkeys(("sft.batch", "sft.demonstrations", "eval.attempts", "sampling.max_tokens"), 1),
     **dict.fromkeys(("run.steps", "run.threads", "warmup.steps", "sft.steps", "eval.episodes", "eval.every"), 0),
     **dict.fromkeys(("rollout.retries", "rollout.max_length", "sampling.top_k"), 0),
+    **dict.fromkeys(("rollout.max_staleness", "rollout.threads"), 0),
 }
 
 
@@ -43,10 +44,6 @@ def _counts(config: Config) -> None:
         found = getattr(getattr(config, section), name)
         if found < least:
             raise ConfigError(f"{path} is at least {least}; got {found}")
-    if config.rollout.max_staleness != 0:
-        raise ConfigError(
-            f"rollout.max_staleness = {config.rollout.max_staleness}: this loop is synchronous; set it to 0"
-        )
     if not 1 <= config.warmup.length[0] <= config.warmup.length[1]:
         raise ConfigError(f"warmup.length is (least, most), from 1; got {config.warmup.length}")
 
@@ -59,6 +56,25 @@ def _sampling(config: Config) -> None:
         raise ConfigError(
             "sampling.temperature = 0 draws nothing: a group has one member many times, and no log-prob to learn by; "
             "set it above 0, or run.steps = 0"
+        )
+
+
+def _overlap(config: Config) -> None:
+    """What an engine that samples while the learner moves cannot be combined with."""
+    r, run = config.rollout, config.run
+    if r.max_staleness == 0:
+        for name, off in (("stale_caches", False), ("behaviour", "recorded")):
+            if getattr(r, name) != off:
+                raise ConfigError(
+                    f"rollout.{name} = {getattr(r, name)!r} is about weights that change under a reply, and with "
+                    "rollout.max_staleness = 0 none do; raise that, or drop this"
+                )
+    elif run.algorithm == "best_of_n":
+        raise ConfigError("best_of_n samples from the warm start all along: set rollout.max_staleness = 0")
+    elif run.deterministic:
+        raise ConfigError(
+            "run.deterministic with rollout.max_staleness > 0: there, which weights sample a reply is a matter of "
+            "timing; set the one to false or the other to 0"
         )
 
 
@@ -170,4 +186,4 @@ def _gamma(reward: Mapping[str, Any], gamma: float) -> None:
         raise ConfigError(f"advantage.gamma: {error}") from error
 
 
-_RULES = (_counts, _sampling, _groups, _equal, _read, _off_policy, _objective, _imitation, _reward)
+_RULES = (_counts, _sampling, _overlap, _groups, _equal, _read, _off_policy, _objective, _imitation, _reward)

@@ -1,17 +1,19 @@
 """The reinforcement of a run: who plays, what it is worth, who is owed it, who learns, and what all of them remember.
 
-    phase = Reinforcement(config, env, model, initial=lambda: frozen)
-    groups = await phase.rollouts.play(step)
-    figures = phase.learn(groups, version)
+    initial = frozen if needs_initial(config, derived) else None
+    rollouts = player(config, env, engine, renderer, initial)      # one half, in this process or another
+    phase = Reinforcement(config, env, model, initial)             # the other half
+    learned = phase.learn(await rollouts.play(unit), version)
 
-Playing and learning are two halves with the buffer between them; `state` and `restore` carry both through a checkpoint.
+`state` and `restore` carry the learning half through a checkpoint.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +22,9 @@ from torch import Tensor
 from agentgym.advantages import AdvantageState, advantages, critic_targets
 from agentgym.env import Environment, require
 from agentgym.modeling import build
-from agentgym.rewards import Dual, composer, derived
-from agentgym.types import RewardTerm, Trajectory
+from agentgym.modeling.renderer import Renderer
+from agentgym.rewards import Dual, derived
+from agentgym.types import Trajectory
 from agentgym_trainers import language, sft, strategies
 from agentgym_trainers.candidates.learner import CandidateLearner
 from agentgym_trainers.config import Config
@@ -32,7 +35,7 @@ from agentgym_trainers.learner import Learner
 from agentgym_trainers.objective.declare import IMITATION, Distillation
 from agentgym_trainers.preference import build as build_pairs
 from agentgym_trainers.preference.learner import PairLearner
-from agentgym_trainers.rollouts import Buffer, Group, Rollouts, Sample, best_of
+from agentgym_trainers.rollouts import Buffer, Group, Played, Rollouts, Sample, best_of
 
 CRITIC = "critic."
 """Begins the names of the critic's tensors."""
@@ -42,11 +45,12 @@ Values = list[NDArray[np.float64]]
 def needs_initial(config: Config, derived: Collection[str] = ()) -> bool:
     """Whether the policy as it was before reinforcement takes part; `derived` are the terms that the reward reads."""
     reads = {"policy_gradient": config.objective.needs_reference, "preference": config.preference.needs_reference}
-    return (
-        reads.get(config.run.algorithm, config.run.algorithm == "best_of_n")
-        or strategies.needs_reference(config.strategy)
-        or "policy.kl" in derived
-    )
+    return reads.get(config.run.algorithm, False) or plays_initial(config) or "policy.kl" in derived
+
+
+def plays_initial(config: Config) -> bool:
+    """Whether it plays: all along, or where the strategy has it."""
+    return config.run.algorithm == "best_of_n" or strategies.needs_reference(config.strategy)
 
 
 def refuse(config: Config, env: Environment) -> None:
@@ -56,33 +60,37 @@ def refuse(config: Config, env: Environment) -> None:
         require(env, "answer", "run.algorithm = 'candidates'")
 
 
+def player(config: Config, env: Environment, engine: Any, renderer: Renderer, initial: Any) -> Rollouts:
+    """The rollout side. `initial` is the frozen module from before reinforcement, where it plays."""
+    before = language.engine(config, initial, renderer, shared=True) if plays_initial(config) else None
+    learning = before if config.run.algorithm == "best_of_n" else engine
+    return Rollouts(config, env, learning, reference=before)
+
+
+class Learned(NamedTuple):
+    """An update's figures, and its samples as they were rewarded in the end."""
+
+    figures: Figures
+    samples: list[Sample]
+
+
 class Reinforcement:
-    """One reinforcement phase under way. `initial` gives the policy as it was before it, frozen; asked only where
-    somebody needs it: a KL, a pair loss, the reward, best-of-n or the strategy. `counts` go on from there: what was not
-    learnt from, by reason."""
+    """The learning half of a reinforcement phase. `initial` is the policy as it was before it, frozen, where it takes
+    part (`needs_initial`). `counts` go on from there: what became of the trajectories, by name."""
 
     def __init__(
         self,
         config: Config,
         env: Environment,
         model: LanguageModel,
-        initial: Callable[[], Any],
+        initial: Any = None,
         counts: Counter[str] | None = None,
     ) -> None:
         refuse(config, env)
-        self.config, self.env, self.model = config, env, model
-        declared = config.reward or env.reward
-        self.multipliers = Dual(declared)
-        self.derived = composer(declared).derived
-        self.initial: Any = initial() if needs_initial(config, self.derived) else None
-        frozen = config.run.algorithm == "best_of_n"
-        waits = frozen or strategies.needs_reference(config.strategy)
-        self.before = language.engine(config, self.initial, model.renderer) if waits else None
-        self.player: Any = self.before if frozen and self.before else model.engine
-        annotate = self._annotate if self.derived else None
-        self.rollouts = Rollouts(config, env, self.player, reference=self.before, annotate=annotate)
-        self.buffer = Buffer(config.rollout.max_staleness, config.rollout.drop_equal)
-        self.buffer.counts = Counter() if counts is None else counts
+        self.config, self.env, self.model, self.initial = config, env, model, initial
+        self.multipliers = Dual(config.reward or env.reward)
+        never = config.run.algorithm == "best_of_n"  # its episodes are all of the warm start, and none is too old
+        self.buffer = Buffer(math.inf if never else config.rollout.max_staleness, config.rollout.drop_equal, counts)
         self.learner = self._learner()
         self.critic = Critic(model, config.critic, micro_tokens=config.optim.micro_tokens) if config.gae else None
         self.credit = AdvantageState()
@@ -110,21 +118,29 @@ class Reinforcement:
         """The ids of what the environment knows to be the answer, as plain text."""
         return self.model.renderer.encode(self.env.answer(trajectory.task))
 
-    def _annotate(self, trajectories: list[Trajectory]) -> list[tuple[RewardTerm, ...]]:
-        """The derived terms of each trajectory, for the reward."""
-        if "policy.kl" not in self.derived:
-            return [derived(t) for t in trajectories]
-        learner = self.learner if isinstance(self.learner, Learner) else self.learner.learner
-        gaps = learner.log_ratios(trajectories, self.initial)
-        return [derived(t, gap.tolist()) for t, gap in zip(trajectories, gaps, strict=True)]
-
     # --- learning ---
 
-    def learn(self, groups: Sequence[Group], version: int) -> Figures:
+    def learn(self, played: Sequence[Played], version: int) -> Learned:
         """Credit for what is admitted at this version of the weights, then every optimiser step of the update."""
+        groups = self._rewarded([group for unit in played for group in unit.groups])
         samples = self.buffer.take(groups, version)
+        self.buffer.counts["aside"] += sum(len(unit.aside) for unit in played)
         found = self._update(samples) if samples else {}
-        return {**found, **self._price([sample for group in groups for sample in group])}
+        everyone = [sample for group in groups for sample in group]
+        return Learned({**found, **self._price(everyone)}, everyone)
+
+    def _rewarded(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with what only the models know in their rewards: `policy.kl`, of the policy as it is now."""
+        if "policy.kl" not in self.multipliers.composer.derived:
+            return list(groups)
+        good = [s.trajectory for group in groups for s in group if s.reward is not None]
+        learner = self.learner if isinstance(self.learner, Learner) else self.learner.learner
+        gaps = iter(learner.log_ratios(good, self.initial))
+        return [[s if s.reward is None else self._behind(s, next(gaps)) for s in group] for group in groups]
+
+    def _behind(self, sample: Sample, gap: NDArray[np.float64]) -> Sample:
+        extra = derived(sample.trajectory, gap.tolist())
+        return sample._replace(reward=self.multipliers.composer.trajectory(sample.trajectory, extra=extra))
 
     def _update(self, samples: Sequence[Sample]) -> Figures:
         if isinstance(self.learner, PairLearner):
@@ -151,13 +167,11 @@ class Reinforcement:
         return credit, self.critic.update(states, critic_targets(held, config.gae, values=values))
 
     def _price(self, samples: Sequence[Sample]) -> Figures:
-        """Move the reward's multipliers by what its constraints cost, in groups that are left out too; the rollouts'
-        reward is the new one."""
+        """Move the reward's multipliers by what its constraints cost, in groups that are left out too."""
         if not self.multipliers.state():
             return {}
         ledgers = [(*s.trajectory.rewards, *s.reward.extra) for s in samples if s.reward]
         moved = self.multipliers.update(self.multipliers.costs(ledgers))
-        self.rollouts.composer = self.multipliers.composer
         return {f"multiplier.{name}": value for name, value in moved.items()}
 
     # --- state ---
@@ -166,11 +180,7 @@ class Reinforcement:
         """Tensors and plain values: all that an interrupted phase needs besides the weights."""
         tensors, plain = self.learner.state()
         critic = {CRITIC + name: x for name, x in self.critic.state().items()} if self.critic else {}
-        rest = {
-            "rollouts": self.rollouts.state(),
-            "credit": self.credit.state_dict(),
-            "multipliers": self.multipliers.state(),
-        }
+        rest = {"credit": self.credit.state_dict(), "multipliers": self.multipliers.state()}
         return {**tensors, **critic}, {**plain, **rest}
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
@@ -180,11 +190,5 @@ class Reinforcement:
             self.critic.restore(held)
         own = {name: x for name, x in tensors.items() if not name.startswith(CRITIC)}
         self.learner.restore(own, dict(plain))
-        self.rollouts.restore(plain["rollouts"])
         self.credit.load_state_dict(plain["credit"])
         self.multipliers.restore(plain["multipliers"])
-        self.rollouts.composer = self.multipliers.composer
-
-    def close(self) -> None:
-        if self.before is not None:
-            self.before.close()

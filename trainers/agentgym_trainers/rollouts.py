@@ -1,32 +1,32 @@
 """The rollout side of training, and the buffer between it and the learner.
 
 rollouts = Rollouts(config, env, engine)
-groups = await rollouts.play(step)            # whole groups, in the order of the tasks, as the strategy has them
-batch = buffer.take(groups, version)          # what may be learnt from; the rest is counted by reason
+played = await rollouts.play(unit)           # whole groups, in the order of the tasks, as the strategy has them
+batch = buffer.take(played.groups, version)  # what may be learnt from; the rest is counted by reason
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count, groupby, islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, groupby, islice
 from typing import Any
+
+import msgspec
 
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, Fault
-from agentgym.policy import Policy
-from agentgym.rewards import Composer, composer, judges
-from agentgym.rollout import Runner, episodes
+from agentgym.policy import Load, Loaded, Policy, Publishes
+from agentgym.rewards import Composed, Dual, derived, judges
+from agentgym.rollout import Runner
 from agentgym.seeding import key
-from agentgym.types import Episode, RewardTerm, Task, Trajectory
+from agentgym.types import Episode, Task, Trajectory, WeightsVersion
 from agentgym_trainers import strategies
 from agentgym_trainers.config import Config
 from agentgym_trainers.strategies import Group as Group
 from agentgym_trainers.strategies import Sample as Sample
 from agentgym_trainers.strategies import Table
-
-Annotate = Callable[[list[Trajectory]], Sequence[Sequence[RewardTerm]]]
-"""Reward terms that the trainer works out (see `agentgym.rewards.derived`): for each trajectory its own."""
 
 
 class TaskCursor:
@@ -35,19 +35,20 @@ class TaskCursor:
     def __init__(self, env: Environment, seed: int) -> None:
         self.env, self.seed = env, seed
         self.position = 0
-        self._stream = self._endless()
+        self._stream = self.endless()
 
     def seek(self, position: int) -> None:
         """Go to a position of the stream, from its beginning."""
         self.position = position
-        self._stream = islice(self._endless(), position, None)
+        self._stream = islice(self.endless(), position, None)
 
     def take(self, count: int) -> list[Task]:
         found = list(islice(self._stream, count))
         self.position += len(found)
         return found
 
-    def _endless(self) -> Iterator[Task]:
+    def endless(self) -> Iterator[Task]:
+        """The stream from its beginning, whatever was taken."""
         epoch = 0
         while True:
             task = None
@@ -58,69 +59,118 @@ class TaskCursor:
             epoch += 1
 
 
-class Rollouts:
-    """Plays the tasks of one update after the other with the current policy, as the run's strategy says.
+class Unit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What is played and handed over at once: its tasks, the weights it began under, and where in the run it stands:
+    the `index`-th of the units of update `step`, of which there are `stride`. Its play hangs on nothing else."""
 
-    reference  the policy before reinforcement, where the strategy needs it (`strategies.needs_reference`)
-    annotate   gives judged trajectories the derived terms that their reward reads
-    aside      what the last update played and did not hand over: rejected, probing and reference episodes
+    number: int
+    version: int
+    tasks: tuple[Task, ...]
+    step: int
+    index: int = 0
+    stride: int = 1
+
+
+class Played(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a unit came to: whole groups, in the order of its tasks, and what was played and not handed over (rejected,
+    probing and reference episodes). `memory` is the strategy's afterwards; `began`, `ended` in seconds since the epoch.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        env: Environment,
-        policy: Policy,
-        *,
-        reference: Policy | None = None,
-        annotate: Annotate | None = None,
-    ) -> None:
+    number: int
+    groups: list[Group]
+    aside: list[Sample] = []
+    memory: dict[str, Any] = {}
+    began: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def handed(self) -> list[Sample]:
+        return [sample for group in self.groups for sample in group]
+
+    @property
+    def everything(self) -> list[Sample]:
+        return [*self.handed, *self.aside]
+
+    def oldest(self, default: int) -> int:
+        """The oldest version of the weights that sampled a token of it."""
+        return min((oldest(s.trajectory, default) for s in self.handed), default=default)
+
+
+class Rollouts:
+    """Plays units with the current policy, as the run's strategy says; as many at once as it is asked to.
+
+    `reference` is the policy before reinforcement, where the strategy needs it (`strategies.needs_reference`). Derived
+    terms are composed as far as a trajectory alone gives them: the learner, who has the models, adds `policy.kl`.
+    """
+
+    def __init__(self, config: Config, env: Environment, policy: Policy, *, reference: Policy | None = None) -> None:
         if strategies.needs_reference(config.strategy) and reference is None:
             raise ConfigError(
                 f"the strategy {config.strategy.kind!r} has the initial policy play; give it as reference="
             )
-        self.config, self.env, self.policy, self.reference, self.annotate = config, env, policy, reference, annotate
-        self.cursor = TaskCursor(env, config.run.seed)
-        self.composer: Composer = composer(config.reward or env.reward)
+        self.config, self.env, self.policy, self.reference = config, env, policy, reference
+        self.multipliers = Dual(config.reward or env.reward)
         self.judge = judges.declared(config.judge)
         self.strategy = strategies.make(
             config.strategy, env, group_size=config.rollout.group_size, sampling=config.sampling
         )
-        self.aside: list[Sample] = []
 
-    async def play(self, step: int) -> list[Group]:
-        """The groups of update `step`. Raises `Fault` where every episode failed, with the commonest reason."""
-        table = Table(
-            self._firsts(step), self._play, deals=self.config.rollout.tasks_per_step, reference=self.reference
-        )
+    async def play(self, unit: Unit) -> Played:
+        """The groups of a unit, in the order of its tasks."""
+        began = time.time()
+        table = Table(self._firsts(unit), self._play, deals=len(unit.tasks), reference=self.reference)
         groups = await self.strategy.play(table)
-        self._check([s.trajectory for s in table.played])
         handed = {s.trajectory.episode.id for group in groups for s in group}
-        self.aside = [s for s in table.played if s.trajectory.episode.id not in handed]
-        return groups
+        return Played(
+            number=unit.number,
+            groups=groups,
+            aside=[s for s in table.played if s.trajectory.episode.id not in handed],
+            memory=self.strategy.state(),
+            began=began,
+            ended=time.time(),
+        )
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: plain data."""
-        return {"cursor": self.cursor.position, "strategy": self.strategy.state()}
+    def reprice(self, multipliers: Mapping[str, Any]) -> None:
+        """What is played from now on is rewarded under this state of the reward's multipliers."""
+        self.multipliers.restore(multipliers)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        self.cursor.seek(state.get("cursor", 0))
-        self.strategy.restore(state.get("strategy", {}))
+    def restore(self, memory: Mapping[str, Any]) -> None:
+        """Go on with what the strategy knew after a unit."""
+        self.strategy.restore(memory)
 
-    def _firsts(self, step: int) -> Iterator[Episode]:
-        """The first member of each group of an update, for as many tasks as its strategy takes."""
-        tasks = (self.cursor.take(1)[0] for _ in count())
-        return episodes(tasks, seed=key(self.config.run.seed, "rl", step) >> 33)
+    def load(self) -> Load:
+        """How busy the policy is."""
+        return self.policy.load() if isinstance(self.policy, Loaded) else Load()
+
+    async def publish(self, version: WeightsVersion) -> None:
+        """Whoever plays acts with the learner's weights of now; the policy from before reinforcement never does."""
+        if self.policy is not self.reference and isinstance(self.policy, Publishes):
+            await self.policy.publish(version)
+
+    async def close(self) -> None:
+        """The reference engine goes; the other is the run's own."""
+        if self.reference is not None and hasattr(self.reference, "close"):
+            self.reference.close()
+
+    def _firsts(self, unit: Unit) -> Iterator[Episode]:
+        """The first member of each group: of the unit's own tasks, then of further ones for a strategy that asks."""
+        seed = self.config.run.seed
+        more = TaskCursor(self.env, key(seed, "further", unit.number)).endless()
+        key_ = key(seed, "rl", unit.step) >> 33
+        for place, task in enumerate(chain(unit.tasks, more)):
+            number = unit.index + place * unit.stride
+            yield Episode(task=task, seed=key("episode", key_, number) >> 11, group=f"{key_}.{number}")
 
     async def _play(self, found: Sequence[Episode], policy: Policy | None) -> list[Sample]:
         r = self.config.rollout
         collected = await self._runner(policy or self.policy).collect(found)
         played = await judges.judged(self.judge, collected, concurrency=r.concurrency, retries=r.retries)
-        good = [t for t in played if t.status != "failed"]
-        extras = self.annotate(good) if self.annotate else [()] * len(good)
-        rewards = {t.episode.id: self.composer.trajectory(t, extra=x) for t, x in zip(good, extras, strict=True)}
-        return [Sample(t, rewards.get(t.episode.id)) for t in played]
+        return [Sample(t, None if t.status == "failed" else self._composed(t)) for t in played]
+
+    def _composed(self, trajectory: Trajectory) -> Composed:
+        composer = self.multipliers.composer
+        extra = derived(trajectory, [0.0] * len(trajectory.turns)) if composer.derived else ()
+        return composer.trajectory(trajectory, extra=extra)
 
     def _runner(self, policy: Policy) -> Runner:
         r = self.config.rollout
@@ -129,25 +179,28 @@ class Rollouts:
             self.env, policy, concurrency=r.concurrency, limits=r.limits, retries=r.retries, sampling=sampling
         )
 
-    @staticmethod
-    def _check(found: Sequence[Trajectory]) -> None:
-        failures = Counter(f"{t.failure.kind}: {t.failure.message}" for t in found if t.failure is not None)
-        if failures and sum(failures.values()) == len(found):
-            reason, count = failures.most_common(1)[0]
-            raise Fault(
-                f"all {len(found)} episodes of this update failed, {count} of them with {reason!r}; nothing can be "
-                "learnt. Repair that and resume the run; it stands at its last checkpoint"
-            )
+
+def require_outcomes(played: Sequence[Played]) -> None:
+    """Raises `Fault` where every episode of an update failed, with the commonest reason."""
+    found = [s.trajectory for unit in played for s in unit.everything]
+    failures = Counter(f"{t.failure.kind}: {t.failure.message}" for t in found if t.failure is not None)
+    if failures and sum(failures.values()) == len(found):
+        reason, count = failures.most_common(1)[0]
+        raise Fault(
+            f"all {len(found)} episodes of this update failed, {count} of them with {reason!r}; nothing can be "
+            "learnt. Repair that and resume the run; it stands at its last checkpoint"
+        )
 
 
 class Buffer:
     """What the rollout side hands over and the learner takes. `max_staleness` counts published versions since the
-    oldest token of a trajectory was sampled, at the moment it is consumed. `counts` says what was left out, by reason.
+    oldest token of a trajectory was sampled, at the moment it is consumed. `counts` says by name what became of every
+    trajectory: "consumed", or left out and why.
     """
 
-    def __init__(self, max_staleness: int, drop_equal: bool) -> None:
+    def __init__(self, max_staleness: float, drop_equal: bool, counts: Counter[str] | None = None) -> None:
         self.max_staleness, self.drop_equal = max_staleness, drop_equal
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter() if counts is None else counts
 
     def take(self, groups: Sequence[Group], version: int) -> list[Sample]:
         """The samples to learn from at this version of the weights."""
@@ -161,6 +214,7 @@ class Buffer:
         if self.drop_equal and len({s.value for s in fresh}) <= 1:
             self.counts["equal"] += len(fresh)
             return []
+        self.counts["consumed"] += len(fresh)
         return fresh
 
 

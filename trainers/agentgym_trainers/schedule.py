@@ -17,7 +17,7 @@ It knows no clock and no tasks, so a simulation and a property test drive the ve
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from agentgym.errors import ConfigError
 
@@ -60,11 +60,17 @@ class Schedule:
         return number
 
     def adopt(self, number: int, version: int, *, ready: bool) -> None:
-        """A unit of an earlier life of the run: played already, or to be played again under the weights of now."""
-        self.begun[number] = version if ready else self.version
+        """A unit of an earlier life of the run: played already, or to be played again."""
+        self.begun[number] = version
         self.next = max(self.next, number + 1)
         if ready:
             self.ready.add(number)
+
+    def retake(self, numbers: Sequence[int]) -> None:
+        """What an update of that life took, it takes again."""
+        for number in numbers:
+            self.drop(number)
+        self.learning = len(numbers)
 
     def finish(self, number: int, oldest: int | None = None) -> None:
         """It was played. `oldest`: the oldest version that sampled anything of it, where that is later than its

@@ -14,6 +14,7 @@ from torch import Tensor
 from agentgym.errors import StoreError
 from agentgym.store import Checkpoint, Offsets, RunFolder, load_run, write_atomic
 from agentgym_trainers.config import Config, from_table
+from agentgym_trainers.journal import Journal
 from agentgym_trainers.language import LanguageModel
 
 PHASES = ("warmup", "sft", "rl")
@@ -24,12 +25,14 @@ RNG = "rng"
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run stands: `step` steps of `phase` are done; `learner` is the small state of that moment; `seconds` and
-    `counts` go on from there."""
+    """Where a run stands: `step` steps of `phase` are done; `learner` is the small state of that moment; `begun` units
+    of play were begun, and `memory` is their strategy's; `seconds` and `counts` go on from there."""
 
     phase: str
     step: int
     learner: dict[str, Any] = {}
+    begun: int = 0
+    memory: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     counts: dict[str, int] = {}
 
@@ -48,6 +51,7 @@ class State:
     def __init__(self, folder: RunFolder, config: Config, checkpoint: Checkpoint | None) -> None:
         self.folder, self.config, self.checkpoint = folder, config, checkpoint
         self.stage = None if checkpoint is None else msgspec.convert(checkpoint.extra, Stage)
+        self.journal = Journal(folder.path, self.position)
 
     @classmethod
     def begin(cls, config: Config, out: Path) -> State:
@@ -69,6 +73,7 @@ class State:
         return self
 
     def __exit__(self, *details: object) -> None:
+        self.journal.close()
         self.folder.close()
 
     @property
@@ -95,17 +100,16 @@ class State:
         torch.set_rng_state(tensors.pop(RNG))
         learner.restore(tensors, self.stage.learner)
 
-    def save(self, stage: Stage, learner: Stateful, model: LanguageModel) -> None:
+    def save(self, stage: Stage, tensors: Mapping[str, Tensor], model: LanguageModel) -> None:
         """Write a checkpoint, all or nothing, and drop those before the last `keep`."""
         number = position(self.config, stage.phase, stage.step)
-        tensors, plain = learner.state()
-        stage = msgspec.structs.replace(stage, learner=plain)
         with self.folder.checkpoint(number, msgspec.to_builtins(stage)) as path:
             model.save(path / MODEL)
             held = {name: value.detach().contiguous() for name, value in tensors.items()}
             save_file({**held, RNG: torch.get_rng_state()}, path / OPTIMISER)
         for old in self.folder.checkpoints[: -self.config.run.keep]:
             self.folder.drop(old)
+        self.journal.prune(number)
 
     def evaluated(self) -> dict[str, Mapping[str, Any]]:
         """The evaluations that the folder holds, by name."""

@@ -1,0 +1,113 @@
+"""What happened since the last checkpoint, event by event, so that a kill at any instant loses unfinished units alone.
+
+    journal/000120.frames      Unit (begun) | Played (finished) | Taken (by which update), in the order they happened
+
+Each event is handed to the operating system as one frame (length, CRC-32, msgpack) before anything is made of it. A
+checkpoint begins a new file with what is still open at that moment; files older than the newest checkpoint go. A run
+that is resumed from checkpoint c reads all files from c on: they are one history, told twice in places.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agentgym.shards import Appender
+from agentgym.types import decode, encode
+from agentgym_trainers.rollouts import Played, Unit
+
+_HEAD = struct.Struct("<II")
+
+
+class Taken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The units that update `step` (weights of that number come of it) learns from."""
+
+    step: int
+    units: list[int]
+
+
+Event = Unit | Played | Taken
+
+
+class History:
+    """Events folded: units begun, what they came to, and who was taken by which update."""
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        self.begun: dict[int, Unit] = {}
+        self.played: dict[int, Played] = {}
+        self.taken: dict[int, list[int]] = {}
+        self.memory: dict[str, Any] = {}
+        """The strategy's, after what was played last."""
+        for event in events:
+            match event:
+                case Unit():
+                    self.begun[event.number] = event
+                case Played():
+                    self.played[event.number] = event
+                    self.memory = event.memory
+                case Taken():
+                    self.taken[event.step] = event.units
+
+
+class Journal:
+    """The journal of the run in `folder`, from checkpoint `position` on. `history` is what it held when opened."""
+
+    def __init__(self, folder: Path, position: int) -> None:
+        self.folder = folder / "journal"
+        self.folder.mkdir(exist_ok=True)
+        self.prune(position)
+        self.history = History(event for path in self._files() for event in read(path))
+        newest = next(reversed(self._files()), self._path(position))
+        self._file = Appender(newest)
+        self._file.cut(sum(_HEAD.size + len(frame) for frame in _frames(newest)))
+
+    def write(self, event: Event) -> None:
+        """Add an event: it survives a kill from here on. Raises `StoreError` on a full disk, and holds none of it."""
+        data = encode(event)
+        self._file.write(_HEAD.pack(len(data), zlib.crc32(data)) + data)
+
+    def begin(self, position: int, open_: Iterable[Event]) -> None:
+        """A checkpoint with this number is about to be written: go on in a file of its own, with what is open now."""
+        self._file.close()
+        self._file = Appender(self._path(position))
+        self._file.cut(0)
+        for event in open_:
+            self.write(event)
+        self._file.flush(sync=True)
+
+    def prune(self, position: int) -> None:
+        """The checkpoint is whole: what lies before it is not needed any more."""
+        for path in self._files():
+            if int(path.stem) < position:
+                path.unlink()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _path(self, position: int) -> Path:
+        return self.folder / f"{position:06d}.frames"
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.frames"))
+
+
+def read(path: Path) -> Iterator[Event]:
+    """The whole events of a file; a last one that was cut off in the middle does not count."""
+    return (decode(frame, Event) for frame in _frames(path))  # type: ignore[type-var, arg-type]
+
+
+def _frames(path: Path) -> Iterator[bytes]:
+    data = path.read_bytes() if path.is_file() else b""
+    at = 0
+    while len(data) - at >= _HEAD.size:
+        length, crc = _HEAD.unpack_from(data, at)
+        frame = data[at + _HEAD.size : at + _HEAD.size + length]
+        if len(frame) < length or zlib.crc32(frame) != crc:
+            return
+        yield frame
+        at += _HEAD.size + length
