@@ -10,7 +10,7 @@ import functools
 import importlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -79,6 +79,11 @@ def unregister(id: str, *, kind: str = "envs") -> None:
     """Take back what `register` added in this process."""
     if _registered[kind].pop(id, None) is None:
         raise unknown(kind, id, _registered[kind])
+
+
+def registered() -> Iterator[tuple[str, Spec]]:
+    """Kind and line of every name that `register` added in this process; another one does not have them."""
+    return ((kind, spec) for kind, specs in _registered.items() for spec in specs.values())
 
 
 def catalogue(kind: str = "envs") -> Mapping[str, Spec]:

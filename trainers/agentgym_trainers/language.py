@@ -64,7 +64,15 @@ class LanguageModel:
 
 
 def make(config: Config, env: Environment, checkpoint: Path | None = None, texts: Iterable[str] = ()) -> LanguageModel:
-    """The model that the config describes, with the weights of `checkpoint` where one is given.
+    """The model that the config describes, with its engine; see `parts`."""
+    model, renderer = parts(config, env, checkpoint, texts)
+    return LanguageModel(model, renderer, engine(config, model, renderer))
+
+
+def parts(
+    config: Config, env: Environment, checkpoint: Path | None = None, texts: Iterable[str] = ()
+) -> tuple[Any, Renderer]:
+    """The module that the config describes, with the weights of `checkpoint` where one is given, and its renderer.
 
     With adapters these are the adapters' own: the base is the config's, so nothing is rounded by merging and parting.
     `texts` train the tokenizer where the config asks for one of kind "bpe".
@@ -80,8 +88,7 @@ def make(config: Config, env: Environment, checkpoint: Path | None = None, texts
             lora.load(model, checkpoint / build.ADAPTER)
     if found.checkpointing:
         checkpoint_layers(model)
-    renderer = Renderer(tokens, found.history, template=found.template or None)
-    return LanguageModel(model, renderer, engine(config, model, renderer))
+    return model, Renderer(tokens, found.history, template=found.template or None)
 
 
 def _weights(config: Config, folder: Path | None, vocabulary: int) -> Any:
@@ -108,7 +115,8 @@ def engine(config: Config, model: Any, renderer: Renderer, *, shared: bool | Non
     """What samples, of the class that rollout.engine names (`serving` is its door for a model made already).
 
     `shared` engines sample with `model` itself; others have weights of their own and copy them in `publish`. By default
-    an engine shares where nothing moves while it samples: in turns with the learner, in one process.
+    an engine shares where nothing moves while it samples: in turns with the learner, or, with the rollouts in another
+    process, for evaluations alone.
     """
     r, run = config.rollout, config.run
     target = registry.load(r.engine, "policies")
@@ -119,7 +127,7 @@ def engine(config: Config, model: Any, renderer: Renderer, *, shared: bool | Non
     return kind.serving(
         model,
         renderer,
-        shared=(r.max_staleness == 0 and run.processes == 1) if shared is None else shared,
+        shared=(r.max_staleness == 0 or run.processes == 2) if shared is None else shared,
         slots=r.slots,
         max_length=r.max_length or MAX_LENGTH,
         sampling=config.sampling,
