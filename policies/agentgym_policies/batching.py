@@ -28,6 +28,7 @@ class Job:
     `context` is the row's whole context, of which the row knows the first `keep`; `room` is the most tokens to sample;
     `ticket` belongs to whoever waits. `finished` is called in the engine thread. The reply begins with the ids of
     `begin`, which are not drawn: the first was decided on with log-probability `said`, the others follow from it.
+    `stale`: some of them were sampled on a cache that holds keys and values of older weights.
     """
 
     row: Row
@@ -45,6 +46,7 @@ class Job:
     processed: list[float] = field(default_factory=list)
     versions: list[VersionRun] = field(default_factory=list)
     finish: Literal["stop", "length", "interrupted", ""] = ""
+    stale: bool = False
     error: BaseException | None = None
     cancelled: bool = False
 
@@ -68,7 +70,7 @@ class Batcher:
         version: int = 0,
     ) -> None:
         self.store, self.ends, self.decode, self.exact, self.version = store, ends, decode, exact, version
-        self.epoch = 0
+        self.slots, self.epoch = slots, 0
         self.free = list(range(slots))
         self.idle: OrderedDict[int, Row] = OrderedDict()
         self.waiting: deque[Job] = deque()
@@ -94,18 +96,29 @@ class Batcher:
         self._free(row)
         row.saved, row.cached = None, 0
 
-    def invalidate(self, version: int) -> None:
-        """New weights: every cache is stale, is rebuilt when its row runs next; running replies go on with them."""
+    def publish(self, version: int, *, keep_caches: bool = False) -> None:
+        """New weights: running replies go on with them. Caches are rebuilt when their rows run next, or kept."""
         self.version = version
-        self.epoch += 1
+        self.epoch += not keep_caches
         for job in self.running:
-            self._refresh(job.row)
-            job.versions.append(VersionRun(start=len(job.ids), version=version))
+            self._begin(job)
 
     def _refresh(self, row: Row) -> None:
-        """Forget what was cached under other weights."""
+        """Forget what was cached under weights whose caches are not kept."""
         if row.epoch != self.epoch:
+            self.counts["rebuilt"] += row.cached
             row.cached, row.saved, row.epoch = 0, None, self.epoch
+
+    def _begin(self, job: Job) -> None:
+        """From its next token on, the reply is sampled by the weights at work, on what its row has cached."""
+        self._refresh(job.row)
+        if not job.row.cached:
+            job.row.version = self.version
+        job.stale |= job.row.version != self.version
+        if job.versions and job.versions[-1].start == len(job.ids):
+            job.versions.pop()
+        if not job.versions or job.versions[-1].version != self.version:
+            job.versions.append(VersionRun(start=len(job.ids), version=self.version))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -129,7 +142,7 @@ class Batcher:
             self._rest(job.row)
         self.waiting.clear()
         self.running.clear()
-        self.invalidate(self.version)
+        self.publish(self.version)
 
     def _drop_cancelled(self) -> None:
         for job in self.running:
@@ -150,7 +163,8 @@ class Batcher:
             if job.row.slot < 0 and not self._lease(job.row):
                 still.append(job)
                 continue
-            job.versions.append(VersionRun(start=0, version=self.version))
+            job.row.cached = self.store.usable(job.row)
+            self._begin(job)
             self.counts["reused"] += job.row.cached
             self.counts["prefilled"] += job.row.todo
             self.running.append(job)

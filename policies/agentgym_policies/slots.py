@@ -32,13 +32,17 @@ PREFILL_TOKENS = 2048
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """The tokens of one session, and how many of them are cached in which slot (-1: none)."""
+    """The tokens of one session, and how many of them are cached in which slot (-1: none).
+
+    `version` is that of the oldest weights in the cache; caches of other epochs than the batcher's are not looked at.
+    """
 
     ids: list[int] = field(default_factory=list)
     slot: int = -1
     cached: int = 0
     saved: Any = None
     epoch: int = 0
+    version: int = 0
 
     @property
     def todo(self) -> int:
@@ -50,6 +54,10 @@ class Store(Protocol):
 
     def run(self, rows: Sequence[Row]) -> tuple[list[Row], Tensor]:
         """Cache what rows have not cached yet, as far as one pass goes: those now complete, and their logits [R, V]."""
+        ...
+
+    def usable(self, row: Row) -> int:
+        """How many of the row's cached tokens a pass over the others can build on."""
         ...
 
     def drop(self, slot: int) -> None:
@@ -289,6 +297,9 @@ class SlotStore:
         found: Tensor = out.logits[0]
         return found
 
+    def usable(self, row: Row) -> int:
+        return row.cached
+
     def drop(self, slot: int) -> None:
         """Nothing to do: what a slot held before is never looked at."""
 
@@ -316,9 +327,7 @@ class RowStore:
         return list(rows), torch.stack([self._advance(row) for row in rows])
 
     def _advance(self, row: Row) -> Tensor:
-        cache, seen = self.caches.get(row.slot, (None, 0))
-        if row.cached != seen or (self.restart and row.todo > 1):
-            cache, row.cached = None, 0
+        cache = self.caches[row.slot][0] if row.cached else None
         ids = torch.tensor([row.ids[row.cached :]], device=self.device)
         positions = torch.arange(row.cached, len(row.ids), device=self.device)[None]
         out = self.model(
@@ -332,6 +341,10 @@ class RowStore:
         self.caches[row.slot] = out.past_key_values, row.cached
         found: Tensor = out.logits[0, -1]
         return found
+
+    def usable(self, row: Row) -> int:
+        _, seen = self.caches.get(row.slot, (None, 0))
+        return 0 if row.cached != seen or (self.restart and row.todo > 1) else seen
 
     def drop(self, slot: int) -> None:
         self.caches.pop(slot, None)
@@ -371,6 +384,7 @@ def _probe(model: Any, store: Store) -> float:
     try:
         for stop in (9, 10, 17, 18, 24):
             row.ids = ids[:stop]
+            row.cached = store.usable(row)
             _, logits = store.run([row])
             gap = max(gap, float((logits[0].float().log_softmax(-1) - expected[stop - 1].log_softmax(-1)).abs().max()))
     except Exception:  # whatever a foreign model raises over a cache it does not know

@@ -5,18 +5,19 @@
         action = await session.act(observation)          # action.span holds ids and log-probs
 
 All torch work happens in one engine thread. Event loops hand it jobs through an inbox and get their answers in one
-wake-up per step. The weights are the given module's own: a learner that shares it changes them in place while nothing
-is being sampled, then calls `publish`.
+wake-up per step. The weights are the given module's own, which a learner may move while nothing is being sampled; or,
+with a `source`, a copy of it, and the learner may move the source at any time but during `publish`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,11 +27,16 @@ from agentgym.errors import ConfigError, EngineFault, ModelError
 from agentgym.modeling import build
 from agentgym.modeling import tokenizer as tokenizers
 from agentgym.modeling.renderer import History, Renderer
+from agentgym.modeling.threads import pin
+from agentgym.policy import Load
 from agentgym.types import Episode, Sampling, WeightsVersion
 from agentgym_policies.batching import Batcher, Job
 from agentgym_policies.sampling import check
 from agentgym_policies.sessions import Call, Reply, TokenSession
 from agentgym_policies.slots import Row, store_for
+
+MAX_LENGTH = 1024
+"""Tokens of a session, unless the engine is told otherwise."""
 
 
 class TorchEngine:
@@ -39,8 +45,9 @@ class TorchEngine:
     `seed` enters every draw together with (episode.seed, episode.member, agent, turn). `deterministic` gives each pass
     a shape that depends on one session's history alone, and keeps evicted caches as copies: the same seed gives the
     same ids and log-probs bit for bit on one machine, thread count and set of versions, in whatever order sessions
-    arrive. `threads` sets torch's threads in the engine thread. The model is kept in eval mode: what is sampled under
-    dropout could not be recorded exactly.
+    arrive. `threads` sets torch's threads in the engine thread, `cores` where they run. The model is kept in eval mode:
+    what is sampled under dropout could not be recorded exactly. `publish` copies the weights of `source`, a module of
+    the same shape. `stale_caches` keeps caches of older weights: replies sampled on them are marked `stale`.
     """
 
     def __init__(
@@ -49,17 +56,20 @@ class TorchEngine:
         renderer: Renderer,
         *,
         slots: int = 64,
-        max_length: int = 1024,
+        max_length: int = MAX_LENGTH,
         sampling: Sampling | None = None,
         seed: int = 0,
         version: int = 0,
         deterministic: bool = False,
         threads: int | None = None,
+        cores: Sequence[int] = (),
+        source: Any = None,
+        stale_caches: bool = False,
     ) -> None:
         _check_sizes(model, slots, max_length)
         self.model, self.renderer, self.max_length, self.seed = model, renderer, max_length, seed
         self.sampling = check(sampling or Sampling())
-        self.deterministic = deterministic
+        self.deterministic, self.stale_caches, self._source = deterministic, stale_caches, source
         model.eval()
         store = store_for(model, slots, max_length, deterministic=deterministic)
         self._batcher = Batcher(store, slots, renderer.end_ids, renderer.decode, exact=deterministic, version=version)
@@ -67,10 +77,10 @@ class TorchEngine:
         self._done: list[Job] = []  # touched by the engine thread alone
         self._gathered: dict[asyncio.AbstractEventLoop, list[Job]] = {}  # touched by each loop for itself
         self._lock = threading.Lock()
+        self._asked = 0
         self._pumping = self._closed = False
-        self._thread = ThreadPoolExecutor(
-            1, "agentgym-engine", initializer=None if threads is None else lambda: torch.set_num_threads(threads)
-        )
+        self._thread = ThreadPoolExecutor(1, "agentgym-engine")
+        self._thread.submit(pin, threads, cores).result()
 
     @classmethod
     def from_checkpoint(
@@ -89,12 +99,35 @@ class TorchEngine:
 
     @classmethod
     def serving(
-        cls, model: Any, renderer: Renderer, *, shared: bool, cores: Sequence[int], stale_caches: bool, **options: Any
+        cls,
+        model: Any,
+        renderer: Renderer,
+        *,
+        shared: bool,
+        slots: int = 64,
+        max_length: int = 0,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        deterministic: bool = False,
+        threads: int | None = None,
+        cores: Sequence[int] = (),
+        stale_caches: bool = False,
     ) -> Self:
-        """The engine of a training run, with the weights of `model` itself where they are `shared`."""
-        if not shared or cores or stale_caches:
-            raise ConfigError("this engine shares the learner's weights: set rollout.max_staleness = 0 and no cores")
-        return cls(model, renderer, **options)
+        """The engine of a training run: it samples with `model` itself where that is `shared`, else with a copy, into
+        which `publish` writes the weights that `model` has by then."""
+        return cls(
+            model if shared else copy.deepcopy(model).requires_grad_(False),
+            renderer,
+            slots=slots,
+            max_length=max_length or MAX_LENGTH,
+            sampling=sampling,
+            seed=seed,
+            deterministic=deterministic,
+            threads=threads,
+            cores=cores,
+            source=None if shared else model,
+            stale_caches=stale_caches,
+        )
 
     @property
     def tokenizer(self) -> Any:
@@ -114,20 +147,38 @@ class TorchEngine:
     def free_slots(self) -> int:
         return len(self._batcher.free)
 
+    def load(self) -> Load:
+        """Replies being sampled and waiting, and the share of the slots that sessions hold; from any thread."""
+        running, slots = len(self._batcher.running), self._batcher.slots
+        return Load(
+            running=running,
+            waiting=max(0, self._asked - running),
+            slots=slots,
+            cache=1 - self.free_slots / slots,
+        )
+
     def session(self, episode: Episode, agent: str) -> TorchSession:
         return TorchSession(self, episode, agent)
 
     async def publish(self, version: WeightsVersion) -> None:
-        """The shared module now holds these weights: bump the version, drop every cache, after the step under way."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
+        """Take over the weights of the shared module, or of the source, between two steps of the replies under way.
 
-        def swap() -> None:
-            self._batcher.invalidate(version.number)
-            loop.call_soon_threadsafe(_resolve, future)
+        Nobody may move them until this returns. Replies go on under the new version, which their spans say from there.
+        """
+        done: Future[None] = Future()
+        self._post(lambda: self._swap(version.number, done))
+        await asyncio.wrap_future(done)
 
-        self._post(swap)
-        await future
+    def _swap(self, version: int, done: Future[None]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            if self._source is not None:
+                _copy_weights(self._source, self.model)
+            self._batcher.publish(version, keep_caches=self.stale_caches)
+            done.set_result(None)
+        except Exception as error:
+            done.set_exception(error)
 
     def close(self) -> None:
         """End the engine thread once it is idle. An engine that is dropped closes itself."""
@@ -195,14 +246,29 @@ class TorchEngine:
         if not gathered:
             loop.call_soon(self._flush, loop)
         gathered.append(job)
+        self._count(1)
         try:
             await job.ticket
         except asyncio.CancelledError:
             job.cancelled = True
             raise
+        finally:
+            self._count(-1)
         if job.error is not None:
             raise EngineFault(f"the engine failed: {type(job.error).__name__}: {job.error}") from job.error
         return job
+
+    def _count(self, asked: int) -> None:
+        with self._lock:
+            self._asked += asked
+
+
+@torch.no_grad()
+def _copy_weights(source: Any, target: Any) -> None:
+    """Parameters and buffers, in place; the modules have the same shape."""
+    for tensors in (torch.nn.Module.parameters, torch.nn.Module.buffers):
+        for mine, theirs in zip(tensors(target), tensors(source), strict=True):
+            mine.copy_(theirs)
 
 
 def _check_sizes(model: Any, slots: int, max_length: int) -> None:
@@ -250,6 +316,7 @@ class TorchSession(TokenSession[TorchEngine]):
             processed=job.processed,
             versions=job.versions,
             finish=job.finish,
+            stale=job.stale,
         )
 
     def release(self) -> None:
