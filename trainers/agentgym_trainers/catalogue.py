@@ -25,6 +25,20 @@ BENCHES = [
         extra="train",
         requires=("torch",),
     ),
+    Spec(
+        id="async",
+        target="agentgym_trainers.overlap:overlap",
+        summary="asynchronous training on simulated parts, beside its discrete-event bound and the synchronous loop",
+        extra="train",
+        requires=("torch",),
+    ),
+    Spec(
+        id="learner",
+        target="agentgym_trainers.bench_learner:learner",
+        summary="an update on packed sequences beside TRL's GRPO trainer: tokens/s, utilisation, peak memory",
+        extra="train",
+        requires=("torch", "transformers", "tokenizers"),
+    ),
 ]
 
 COMMANDS = [
