@@ -13,18 +13,16 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import msgspec
+from typing import Any, cast
 
 from agentgym.shards import Appender
-from agentgym.types import decode, encode
+from agentgym.types import Record, decode, encode
 from agentgym_trainers.rollouts import Played, Unit
 
 _HEAD = struct.Struct("<II")
 
 
-class Taken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Taken(Record, frozen=True, kw_only=True, tag=True):
     """The units that update `step` (weights of that number come of it) learns from."""
 
     step: int
@@ -98,7 +96,7 @@ class Journal:
 
 def read(path: Path) -> Iterator[Event]:
     """The whole events of a file; a last one that was cut off in the middle does not count."""
-    return (decode(frame, Event) for frame in _frames(path))  # type: ignore[type-var, arg-type]
+    return (decode(frame, cast(type[Unit], Event)) for frame in _frames(path))
 
 
 def _frames(path: Path) -> Iterator[bytes]:

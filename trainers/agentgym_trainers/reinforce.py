@@ -63,7 +63,7 @@ def refuse(config: Config, env: Environment) -> None:
 def player(config: Config, env: Environment, engine: Any, renderer: Renderer, initial: Any) -> Rollouts:
     """The rollout side. `initial` is the frozen module from before reinforcement, where it plays."""
     before = language.engine(config, initial, renderer, shared=True) if plays_initial(config) else None
-    learning = before if config.run.algorithm == "best_of_n" else engine
+    learning: Any = before if config.run.algorithm == "best_of_n" else engine
     return Rollouts(config, env, learning, reference=before)
 
 

@@ -13,15 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, groupby, islice
 from typing import Any
 
-import msgspec
-
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, Fault
 from agentgym.policy import Load, Loaded, Policy, Publishes
 from agentgym.rewards import Composed, Dual, derived, judges
 from agentgym.rollout import Runner
 from agentgym.seeding import key
-from agentgym.types import Episode, Task, Trajectory, WeightsVersion
+from agentgym.types import Episode, Record, Task, Trajectory, WeightsVersion
 from agentgym_trainers import strategies
 from agentgym_trainers.config import Config
 from agentgym_trainers.strategies import Group as Group
@@ -59,7 +57,7 @@ class TaskCursor:
             epoch += 1
 
 
-class Unit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Unit(Record, frozen=True, kw_only=True, tag=True):
     """What is played and handed over at once: its tasks, the weights it began under, and where in the run it stands:
     the `index`-th of the units of update `step`, of which there are `stride`. Its play hangs on nothing else."""
 
@@ -71,7 +69,7 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stride: int = 1
 
 
-class Played(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Played(Record, frozen=True, kw_only=True, tag=True):
     """What a unit came to: whole groups, in the order of its tasks, and what was played and not handed over (rejected,
     probing and reference episodes). `memory` is the strategy's afterwards; `began`, `ended` in seconds since the epoch.
     """
