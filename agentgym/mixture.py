@@ -20,7 +20,7 @@ from typing import Any, Self
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, unknown
 from agentgym.policy import Policy, Session
-from agentgym.rewards import Composer, Declaration, composer
+from agentgym.rewards import Composer, Declaration, Dual, composer
 from agentgym.seeding import key, share
 from agentgym.types import Action, Episode, Observation, StepResult, Task, Trajectory
 
@@ -220,20 +220,18 @@ class ByDomain:
 
 
 class Composers:
-    """The composer of each episode: `default`, or where domains have declarations of their own that of its domain.
-
-    `derived` are the derived terms that any of them reads.
-    """
+    """The composer of each episode: that of its domain where domains have declarations of their own, else the
+    default's, with the `multipliers` of the moment. `derived` are the derived terms that any of them reads."""
 
     def __init__(self, default: Declaration, own: Mapping[str, Declaration] | None = None) -> None:
-        self.default = composer(default)
+        self.multipliers = Dual(default)
         self.own: dict[str, Composer] = {name: composer(declared) for name, declared in (own or {}).items()}
-        read = [name for made in self.own.values() or (self.default,) for name in made.derived]
+        read = [name for made in self.own.values() or (self.multipliers.composer,) for name in made.derived]
         self.derived = tuple(dict.fromkeys(read))
 
     def of(self, found: Trajectory | Task) -> Composer:
         """Of this trajectory or task, by its label."""
-        return self.own.get(found.labels.get(DOMAIN, ""), self.default)
+        return self.own.get(found.labels.get(DOMAIN, ""), self.multipliers.composer)
 
 
 def composers(env: Environment) -> Composers:

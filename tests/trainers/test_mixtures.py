@@ -77,7 +77,7 @@ def test_rewards_are_the_components_else_the_runs_else_the_environments():
     values = {name: composers.of(played).trajectory(played).value for name, composers in found.items()}
     assert values == {"environment": 1, "run": 2.5, "component": 2.5, "other component": 1, "one for all": 2.5}
     assert [name for name, composers in found.items() if composers.own] == ["component", "other component"]
-    assert reward_of(declared["run"], BanditEnv()).default.declaration == OTHER
+    assert reward_of(declared["run"], BanditEnv()).multipliers.declaration == OTHER
 
 
 def test_the_word_environment_stands_for_each_components_own():
@@ -92,7 +92,10 @@ def test_the_word_environment_stands_for_each_components_own():
 
 def test_multipliers_belong_to_one_declared_reward():
     config = mixed(bandit("a"), bandit("b"), reward=PRICED)
-    assert reward_of(config, make_env(config)).derived == ("policy.tokens",)
+    found = reward_of(config, make_env(config))
+    found.multipliers.restore({"length": 0.5})
+    assert found.derived == ("policy.tokens",)
+    assert found.of(sample("a", 1.0).trajectory).declaration["constraints"]["length"]["multiplier"] == 0.5
     config = mixed(bandit("a", reward=PRICED), bandit("b"))
     with pytest.raises(ConfigError, match=r"reward of a has a constraint.*run with one declared reward"):
         reward_of(config, make_env(config))
