@@ -17,6 +17,20 @@ POLICIES = [
         extra="http",
         requires=("aiohttp",),
     ),
+    Spec(
+        id="vllm",
+        target="agentgym_policies.vllm_engine:VllmEngine.from_checkpoint",
+        summary="vLLM without a server between: token ids and log-probs, prefix caching, weights replaced in place",
+        extra="vllm",
+        requires=("vllm", "torch", "transformers", "tokenizers", "safetensors"),
+    ),
+    Spec(
+        id="vllm-server",
+        target="agentgym_policies.vllm_server:VllmServer.from_checkpoint",
+        summary="a `vllm serve` process by its URL, with the same records; it can be trained on",
+        extra="train,http",
+        requires=("aiohttp", "torch", "transformers", "tokenizers", "safetensors"),
+    ),
 ]
 
 BENCHES = [

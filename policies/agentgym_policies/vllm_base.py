@@ -10,6 +10,7 @@ dropped, and they go on under the new weights; vLLM says which version sampled w
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 import threading
@@ -73,21 +74,31 @@ class Vllm(ABC):
         max_length: int,
         sampling: Sampling | None,
         seed: int,
-        folder: str,
+        folder: str = "",
     ) -> None:
         self.renderer, self.model, self.slots, self.max_length, self.seed = renderer, model, slots, max_length, seed
         self.sampling = check(sampling or Sampling())
-        self.folder = Path(tempfile.mkdtemp(prefix="agentgym-vllm-", dir=folder or None))
+        memory = MEMORY if os.access(MEMORY, os.W_OK) else None
+        self.folder = Path(tempfile.mkdtemp(prefix="agentgym-vllm-", dir=folder or memory))
         self._counts: Counter[str] = Counter()
         self._calls: dict[int, int] = {}  # tokens of the contexts under way
         self._thread = LoopThread("agentgym-vllm")
         try:
-            self._thread.wait(self._start())
+            self._thread.wait(self._ready())
         except BaseException as error:
             self.close()
             if isinstance(error, AgentGymError) or not isinstance(error, Exception):
                 raise
-            raise EngineFault(f"vLLM did not start: {type(error).__name__}: {error}") from error
+            raise EngineFault(f"vLLM does not serve: {type(error).__name__}: {error}") from error
+
+    async def _ready(self) -> None:
+        """Serving version 0, asked once: what this device cannot run fails here and not in an episode."""
+        await self._start()
+        modes = {said["mode"] for said in await self._rpc("report_both_logprobs")}
+        if modes != {"processed_logprobs"}:
+            raise ConfigError(f"this vLLM reports {', '.join(modes)}: start it with logprobs_mode = processed_logprobs")
+        once = Call(context=[self.renderer.end_id], keep=0, sampling=Sampling(), key=0, room=1)
+        await self._complete(once.context, self._parameters(once, 0))
 
     @abstractmethod
     async def _start(self) -> None:
@@ -103,7 +114,7 @@ class Vllm(ABC):
 
     @abstractmethod
     async def _rpc(self, method: str, *args: str) -> list[Any]:
-        """Call a method of `vllm_worker.Worker` on every worker."""
+        """What a method of `vllm_worker.Worker` answers on every worker."""
 
     @abstractmethod
     async def _sleep(self, asleep: bool) -> None:
@@ -154,7 +165,7 @@ class Vllm(ABC):
     async def sleep(self) -> None:
         """Give the device's memory back until `wake`; the weights wait in main memory. `ConfigError` where vLLM
         cannot: on a CPU, or where it was started without `enable_sleep_mode`."""
-        if not all(await self._guarded(self._rpc("can_sleep"))):
+        if not all(said["sleep"] for said in await self._guarded(self._rpc("can_sleep"))):
             raise ConfigError("this vLLM cannot sleep: that takes a GPU and enable_sleep_mode = true")
         await self._guarded(self._sleep(True))
 

@@ -22,7 +22,7 @@ from agentgym.modeling import build
 from agentgym.modeling import tokenizer as tokenizers
 from agentgym.modeling.renderer import History, Renderer
 from agentgym.types import Sampling
-from agentgym_policies.vllm_base import MEMORY, WORKER, Completion, Vllm, refuse
+from agentgym_policies.vllm_base import WORKER, Completion, Vllm, refuse
 
 STOPPING = 30.0
 """Seconds that vLLM's processes may take to end before they are killed; they usually need five."""
@@ -74,7 +74,6 @@ class VllmEngine(Vllm):
             max_length=max_length,
             sampling=sampling,
             seed=seed,
-            folder=str(MEMORY) if os.access(MEMORY, os.W_OK) else "",
         )
 
     @classmethod
@@ -105,7 +104,6 @@ class VllmEngine(Vllm):
             self._llm = _launch(self._arguments)
         cache = self._llm.vllm_config.cache_config
         self._capacity = (cache.num_gpu_blocks or 0) * cache.block_size
-        await self._rpc("report_both_logprobs")
         await self._llm.update_weight_version("0")
 
     async def _complete(self, ids: list[int], parameters: dict[str, Any]) -> Completion:

@@ -42,10 +42,11 @@ class Worker:
     model_config: Any
     reload_weights: Any
 
-    def report_both_logprobs(self) -> None:
-        """From now on; said twice, it is done once."""
+    def report_both_logprobs(self) -> dict[str, str]:
+        """From now on; said twice, it is done once. Answers which of them vLLM itself reports."""
         if not isinstance(self.model_runner.sampler, BothLogprobs):
             self.model_runner.sampler = BothLogprobs(self.model_runner.sampler)
+        return {"mode": self.model_config.logprobs_mode}
 
     def take_weights(self, path: str) -> None:
         """Put the tensors of a safetensors file (the hub's names) in the place of the model's own."""
@@ -59,8 +60,8 @@ class Worker:
         head = self.model_runner.get_model().lm_head
         head.quant_method.process_weights_after_loading(head)
 
-    def can_sleep(self) -> bool:
+    def can_sleep(self) -> dict[str, bool]:
         """Whether this device and configuration give memory back."""
         from vllm.platforms import current_platform
 
-        return bool(current_platform.is_sleep_mode_available() and self.model_config.enable_sleep_mode)
+        return {"sleep": bool(current_platform.is_sleep_mode_available() and self.model_config.enable_sleep_mode)}
