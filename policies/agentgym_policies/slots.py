@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -83,17 +84,20 @@ class Pass:
 
 
 class SlotCache:
-    """The duck-typed cache handed to transformers: writes new keys and values into their slots, hands out the whole."""
+    """The duck-typed cache handed to transformers: writes new keys and values into their slots, hands out the whole.
+
+    Each slot has one position more than `length`, which nobody attends to: padding writes there.
+    """
 
     is_compileable = False
 
     def __init__(self, slots: int, length: int) -> None:
-        self.shape = (slots, length)
+        self.shape = (slots, length + 1)
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.step: Pass | None = None
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """k, v [1, K, N, D] -> the layer's cache, [slots, K, length, D] each."""
+        """k, v [1, K, N, D] -> the layer's cache, [slots, K, length + 1, D] each."""
         assert self.step is not None, "a slot cache is only used within a pass"
         while len(self.layers) <= layer_idx:
             self.layers.append(tuple(x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3]) for x in (k, v)))  # type: ignore[arg-type]
@@ -180,6 +184,52 @@ def _bucket(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+class Decode:
+    """One decoding pass over `width` rows and `span` keys of each, on tensors of its own that are filled in place.
+
+    `dense`: row i is slot i. Rows that are not filled are padding: they see one key, and write where nobody looks. With
+    the shape and the addresses fixed, a GPU records the pass once and replays it as a CUDA graph.
+    """
+
+    def __init__(self, store: SlotStore, width: int, span: int, dense: bool) -> None:
+        self.store, self.span, self.dense = store, span, dense
+        self.padding = np.array([[0], [1], [0], [store.length]]).repeat(width, 1)
+        if dense:
+            self.padding[2] = np.arange(width)
+        self.feed = torch.empty(4, width, dtype=torch.int64, device=store.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
+
+    def __call__(self, ids: NDArray[np.int64], lengths: NDArray[np.int64], slots: NDArray[np.int64]) -> Tensor:
+        """Logits [R, V] of rows in these slots, each `lengths` tokens long, `ids` their last."""
+        rows = slots if self.dense else np.arange(len(slots))
+        feed = self.padding.copy()
+        feed[:, rows] = ids, lengths, slots, lengths - 1
+        self.feed.copy_(torch.from_numpy(feed))
+        where = torch.from_numpy(rows).to(self.store.device)
+        if not self.store.static:
+            return self._pass(where)
+        if self.store.device.type != "cuda":
+            return self._pass(None)[where]  # the shape of the unembedding, too, must not depend on the others
+        return self._replayed()[where]
+
+    def _pass(self, keep: Tensor | None) -> Tensor:
+        ids, lengths, slots, at = self.feed
+        layout = DecodeLayout(len(slots) if self.dense else slots, lengths, self.span)
+        return self.store.forward(ids, lengths - 1, Pass(None, slots, at), layout, keep)
+
+    def _replayed(self) -> Tensor:
+        """[width, V], from the graph. Another thread may allocate while it is recorded; the first pass warms up."""
+        if self.graph is None:
+            self._pass(None)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = self._pass(None)
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits
+
+
 class SlotStore:
     """See the module. `deterministic`: every pass has a shape that depends on one row's own history alone."""
 
@@ -187,7 +237,9 @@ class SlotStore:
         self.model, self.slots, self.length, self.deterministic = model, slots, length, deterministic
         self.device = next(model.parameters()).device
         self.mask = NO_MASK.to(self.device)
+        self.static = deterministic or self.device.type == "cuda"
         self.cache = SlotCache(slots, length)
+        self.decodes: dict[tuple[int, int, bool], Decode] = {}
 
     def run(self, rows: Sequence[Row]) -> tuple[list[Row], Tensor]:
         """Prefill and decoding are a pass of their own each; deterministic mode takes more."""
@@ -223,7 +275,7 @@ class SlotStore:
         return [[r for r, s in zip(rows, spans, strict=True) if s == span] for span in sorted(set(spans))]
 
     def _span(self, length: int) -> int:
-        rounded = _bucket(length, 2 * KEY_BUCKET) if self.deterministic else -(-length // KEY_BUCKET) * KEY_BUCKET
+        rounded = _bucket(length, 2 * KEY_BUCKET) if self.static else -(-length // KEY_BUCKET) * KEY_BUCKET
         return min(rounded, self.length)
 
     def _prefill(self, rows: list[Row]) -> Tensor:
@@ -245,7 +297,7 @@ class SlotStore:
         sources = torch.arange(total, device=self.device) if padded > total else None
         step = Pass(sources, self._tensor(slots), self._tensor(positions))
         extra = (0, padded - total)
-        return self._forward(
+        return self.forward(
             pad(self._tensor(ids), extra),
             pad(step.positions, extra),
             step,
@@ -254,35 +306,26 @@ class SlotStore:
         )
 
     def _decode(self, rows: list[Row]) -> Tensor:
-        slots = np.array([r.slot for r in rows])
-        lengths = np.array([len(r.ids) for r in rows])
-        span = self._span(int(lengths.max()))
-        width = self.slots if self.deterministic else int(slots.max()) + 1
+        slots, lengths = np.array([r.slot for r in rows]), np.array([len(r.ids) for r in rows])
         last = np.array([r.ids[-1] for r in rows])
         for row in rows:
             row.cached += 1
-        if not self.deterministic and 2 * len(rows) < width:  # few rows far apart: copy their caches together
-            step = Pass(None, self._tensor(slots), self._tensor(lengths - 1))
-            layout = DecodeLayout(step.slots, step.positions + 1, span)
-            return self._forward(self._tensor(last), step.positions, step, layout, None)
-        ids, seen = np.zeros(width, np.int64), np.ones(width, np.int64)
-        ids[slots], seen[slots] = last, lengths
-        where = self._tensor(slots)
-        step = Pass(where, where, self._tensor(lengths - 1))
-        seen_B = self._tensor(seen)
-        logits = self._forward(
-            self._tensor(ids),
-            seen_B - 1,
-            step,
-            DecodeLayout(width, seen_B, span),
-            None if self.deterministic else where,  # the shape of the unembedding, too, must not depend on the others
-        )
-        return logits[where] if self.deterministic else logits
+        width = int(slots.max()) + 1
+        dense = self.deterministic or 2 * len(rows) >= width  # few rows far apart: copy their caches together
+        shape = self._width(width if dense else len(rows)), self._span(int(lengths.max())), dense
+        if shape not in self.decodes:
+            self.decodes[shape] = Decode(self, *shape)
+        return self.decodes[shape](last, lengths, slots)
+
+    def _width(self, rows: int) -> int:
+        if self.deterministic:
+            return self.slots
+        return min(_bucket(rows, 8), self.slots) if self.static else rows
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self.device, non_blocking=True)
 
-    def _forward(self, ids: Tensor, positions: Tensor, step: Pass, layout: Any, keep: Tensor | None) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, step: Pass, layout: Any, keep: Tensor | None) -> Tensor:
         """Logits [R, V] of the packed tokens `keep` (all: None)."""
         self.cache.step = step
         out = self.model(
