@@ -13,7 +13,7 @@ POLICIES = [
     Spec(
         id="endpoint",
         target="agentgym_policies.endpoint:Endpoint",
-        summary="any server that speaks OpenAI's chat completions, by its URL; for evaluation",
+        summary="any server that speaks OpenAI's chat completions, by its URL; exact records where it returns token ids",
         extra="http",
         requires=("aiohttp",),
     ),
@@ -40,5 +40,12 @@ BENCHES = [
         summary="sampled tokens per second over many turns: torch engine against generate, with and without a cache",
         extra="train",
         requires=("torch", "transformers", "tokenizers", "safetensors"),
+    ),
+    Spec(
+        id="endpoint",
+        target="agentgym_policies.endpoint.bench:endpoint",
+        summary="CPU per call of HTTP clients: ours against a bare aiohttp loop, httpx and AsyncOpenAI",
+        extra="http",
+        requires=("aiohttp",),
     ),
 ]

@@ -16,8 +16,8 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext, suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
@@ -126,28 +126,28 @@ class Client:
             self.headers["Authorization"] = f"Bearer {key.strip()}"
         self._lines: dict[asyncio.AbstractEventLoop, Line] = {}
 
-    async def post(
+    def post(
         self,
         path: str,
         body: bytes,
         *noise: seeding.Key,
         read: Callable[[bytes], T] = bytes,  # type: ignore[assignment]
         tokens: int = 0,
-    ) -> T:
+    ) -> Coroutine[Any, Any, T]:
         """What `read` makes of the answer to JSON `body`; where it raises `Passing`, the call is tried again.
 
         `noise` keys the jitter of the pauses, `tokens` is an estimate for the tokens a minute (`correct` it).
         """
-        return await self._call(_Ask("POST", self.address(path), body, noise, read, tokens))
+        return self._call(_Ask("POST", self.address(path), body, noise, read, tokens))
 
-    async def get(
+    def get(
         self,
         path: str,
         *noise: seeding.Key,
         read: Callable[[bytes], T] = bytes,  # type: ignore[assignment]
-    ) -> T:
+    ) -> Coroutine[Any, Any, T]:
         """The same without a body."""
-        return await self._call(_Ask("GET", self.address(path), None, noise, read, 0))
+        return self._call(_Ask("GET", self.address(path), None, noise, read, 0))
 
     def correct(self, estimate: int, spent: int) -> None:
         """A call that was thought to take `estimate` tokens took `spent`."""
@@ -180,12 +180,28 @@ class Client:
         return self._addresses[path]
 
     async def _call(self, ask: _Ask[T]) -> T:
-        """In its turn, within its deadline."""
+        """In its turn at the host and in the minute."""
         line = self.line()
+        line.calls += 1
+        try:
+            await line.gate.enter(self.concurrency)
+            line.running += 1
+            try:
+                await line.pace.admit(ask.tokens, self.seconds)
+                return await self._timed(line, ask)
+            finally:
+                line.running -= 1
+                line.gate.leave()
+        finally:
+            line.calls -= 1
+
+    async def _timed(self, line: Line, ask: _Ask[T]) -> T:
+        """Within its deadline, and counted."""
+        began = time.monotonic()
         self.usage.calls += 1
         try:
-            async with line.turn(ask.tokens), asyncio.timeout(self.seconds):
-                return await self._persist(line, ask)
+            async with asyncio.timeout(self.seconds):
+                return await self._persist(line, ask, began + self.seconds)
         except TimeoutError as error:
             self.usage.failed += 1
             self.usage.trouble("timeout")
@@ -193,11 +209,12 @@ class Client:
         except EngineFault:
             self.usage.failed += 1
             raise
+        finally:
+            self.usage.seconds += time.monotonic() - began
 
-    async def _persist(self, line: Line, ask: _Ask[T]) -> T:
+    async def _persist(self, line: Line, ask: _Ask[T], until: float) -> T:
         """By as many tries as it takes, as `retries` allows and as fit before the deadline."""
-        clock = asyncio.get_running_loop().time
-        until, attempt = clock() + self.seconds, 0
+        attempt = 0
         while True:
             attempt += 1
             self.usage.tries += 1
@@ -208,7 +225,7 @@ class Client:
                 wait = pause(trouble.after, attempt, ask.noise)
                 if attempt > self.retries:
                     raise EngineFault(f"{trouble} (tries: {attempt})") from trouble
-                if clock() + wait >= until:
+                if time.monotonic() + wait >= until:
                     late = f"the next try is due in {wait:.1f} s, past the call's {self.seconds:g} s"
                     raise EngineFault(f"{trouble} ({late})") from trouble
             await asyncio.sleep(wait)
@@ -248,32 +265,12 @@ class Line:
     """What one event loop holds of a client: connections, the way to its host, and who is on it."""
 
     def __init__(self, client: Client) -> None:
-        self.client = client
         self.gate = gate_of(f"{client.base.scheme}://{client.base.netloc}")
         self.pace = Pace(*client.rates)
         self.naming = asyncio.Lock()
         self.calls = self.running = 0
         headers = client.headers
         self.transport: Transport = Sockets(headers) if client.app is None else Application(client.app, headers)
-
-    @asynccontextmanager
-    async def turn(self, tokens: int) -> AsyncIterator[None]:
-        """A place among the calls under way at the host, and the moment to begin."""
-        self.calls += 1
-        try:
-            await self.gate.enter(self.client.concurrency)
-            self.running += 1
-            began = time.monotonic()
-            try:
-                await self.pace.admit(tokens, self.client.seconds)
-                began = time.monotonic()
-                yield
-            finally:
-                self.client.usage.seconds += time.monotonic() - began
-                self.running -= 1
-                self.gate.leave()
-        finally:
-            self.calls -= 1
 
 
 def base_of(url: str) -> SplitResult:

@@ -78,11 +78,11 @@ def as_wire(message: Message) -> dict[str, Any]:
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-class _Cached(msgspec.Struct):
+class _Cached(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
 
-class Spent(msgspec.Struct):
+class Spent(msgspec.Struct, gc=False):
     """Tokens of one call."""
 
     prompt_tokens: int | None = None
@@ -90,17 +90,17 @@ class Spent(msgspec.Struct):
     prompt_tokens_details: _Cached | None = None
 
 
-class _Function(msgspec.Struct):
+class _Function(msgspec.Struct, gc=False):
     name: str = ""
     arguments: str | dict[str, Any] | None = None
 
 
-class _Call(msgspec.Struct):
+class _Call(msgspec.Struct, gc=False):
     function: _Function
     id: str | None = None
 
 
-class Reply(msgspec.Struct):
+class Reply(msgspec.Struct, gc=False):
     """A chat completion's message, as far as it is read."""
 
     content: str | list[Any] | None = None
@@ -108,22 +108,22 @@ class Reply(msgspec.Struct):
     tool_calls: list[_Call] | None = None
 
 
-class _Logprob(msgspec.Struct):
+class _Logprob(msgspec.Struct, gc=False):
     logprob: float
 
 
-class _Logprobs(msgspec.Struct):
+class _Logprobs(msgspec.Struct, gc=False):
     content: list[_Logprob] | None = None
 
 
-class _ChatChoice(msgspec.Struct):
+class _ChatChoice(msgspec.Struct, gc=False):
     message: Reply
     finish_reason: str | None = None
     token_ids: list[int] | None = None
     logprobs: _Logprobs | None = None
 
 
-class Chat(msgspec.Struct):
+class Chat(msgspec.Struct, gc=False):
     """A chat completion. `prompt_token_ids`, `token_ids` and their log-probs are vLLM's, and others' that follow it."""
 
     choices: list[_ChatChoice]
@@ -131,11 +131,11 @@ class Chat(msgspec.Struct):
     prompt_token_ids: list[int] | None = None
 
 
-class _TextLogprobs(msgspec.Struct):
+class _TextLogprobs(msgspec.Struct, gc=False):
     token_logprobs: list[float | None] | None = None
 
 
-class _TextChoice(msgspec.Struct):
+class _TextChoice(msgspec.Struct, gc=False):
     text: str = ""
     finish_reason: str | None = None
     token_ids: list[int] | None = None
@@ -143,23 +143,23 @@ class _TextChoice(msgspec.Struct):
     logprobs: _TextLogprobs | None = None
 
 
-class Text(msgspec.Struct):
+class Text(msgspec.Struct, gc=False):
     """A completion of a prompt."""
 
     choices: list[_TextChoice]
     usage: Spent | None = None
 
 
-class _Model(msgspec.Struct):
+class _Model(msgspec.Struct, gc=False):
     id: str
     max_model_len: int | None = None
 
 
-class Models(msgspec.Struct):
+class Models(msgspec.Struct, gc=False):
     data: list[_Model]
 
 
-class Tokens(msgspec.Struct, frozen=True):
+class Tokens(msgspec.Struct, frozen=True, gc=False):
     """What the sampler read and drew: ids of the whole prompt [P], sampled ids [N] and their log-probs [N]."""
 
     prompt: list[int]
