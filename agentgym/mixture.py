@@ -139,7 +139,7 @@ class Mixture(Environment):
 
     def member(self, task: Task) -> Environment:
         """The member that a task belongs to; `UnknownName` for a task of another mixture, or of none."""
-        name = task.labels.get(DOMAIN, "")
+        name = domain_of(task)
         if name not in self.members:
             raise unknown("member", name, self.members, "a mixture plays the tasks that it gives")
         return self.members[name]
@@ -179,6 +179,11 @@ class Mixture(Environment):
         first, *others = held.values()
         common = [rung for rung in first if all(rung in other for other in others)]
         return {rung: ByDomain({name: policies[rung] for name, policies in held.items()}) for rung in common}
+
+
+def domain_of(found: Task | Trajectory) -> str:
+    """The domain that its labels name; "" where they name none."""
+    return found.labels.get(DOMAIN, "")
 
 
 def at(weights: Mapping[str, float], place: float) -> str:
@@ -231,7 +236,7 @@ class Composers:
 
     def of(self, found: Trajectory | Task) -> Composer:
         """Of this trajectory or task, by its label."""
-        return self.own.get(found.labels.get(DOMAIN, ""), self.multipliers.composer)
+        return self.own.get(domain_of(found), self.multipliers.composer)
 
 
 def composers(env: Environment) -> Composers:
@@ -241,6 +246,6 @@ def composers(env: Environment) -> Composers:
 
 def part_of(config: Mapping[str, Any], trajectory: Trajectory) -> Mapping[str, Any]:
     """Of a run's config what holds `env` and `reward` of this episode: its component of a mixture, else the whole."""
-    domain = trajectory.labels.get(DOMAIN, "")
+    domain = domain_of(trajectory)
     parts = (part for part in config.get(MIXTURE, ()) if domain == (part.get("name") or part["env"]["id"]))
     return next(parts, config)

@@ -21,7 +21,7 @@ import numpy as np
 from agentgym import registry
 from agentgym.env import Environment
 from agentgym.errors import ConfigError
-from agentgym.mixture import DOMAIN, MIXTURE, Composers, Mixture, check_weights
+from agentgym.mixture import DOMAIN, MIXTURE, Composers, Mixture, check_weights, domain_of
 from agentgym.rewards import check_gamma, composer, multipliers
 from agentgym_trainers.strategies import Sample
 
@@ -115,7 +115,7 @@ class Domains:
         """
         values = _by_domain((s, s.value) for s in samples)
         self.spreads |= {name: known.joined(values[name]) for name, known in self.spreads.items() if name in values}
-        return [_times(sample, self.scale(_domain(sample))) for sample in samples]
+        return [_times(sample, self.scale(domain_of(sample.trajectory))) for sample in samples]
 
     def scale(self, name: str) -> float:
         """What the rewards of a domain are multiplied by now."""
@@ -133,7 +133,7 @@ class Domains:
         self._share()
         moved = {} if self.curriculum.kind == "fixed" else {"weight": self.mixture.weights}
         told = {**moved, "scale": {name: self.scale(name) for name in self.spreads}}
-        return {f"domain/{name}/{figure}": x for figure, held in told.items() for name, x in held.items()}
+        return {f"{DOMAIN}/{name}/{figure}": x for figure, held in told.items() for name, x in held.items()}
 
     def _share(self) -> None:
         if self.mixture is not None:
@@ -168,16 +168,12 @@ def shares(curriculum: Curriculum, declared: Mapping[str, float], success: Mappi
     return {name: floor * share + (1.0 - floor) * drawn[name] / total for name, share in declared.items()}
 
 
-def _domain(sample: Sample) -> str:
-    return sample.trajectory.labels.get(DOMAIN, "")
-
-
 def _by_domain(figures: Iterable[tuple[Sample, float | None]]) -> dict[str, list[float]]:
     """The figures of each domain; a failed episode has none."""
     found: dict[str, list[float]] = defaultdict(list)
     for sample, figure in figures:
         if figure is not None:
-            found[_domain(sample)].append(figure)
+            found[domain_of(sample.trajectory)].append(figure)
     return dict(found)
 
 
