@@ -32,6 +32,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     rejections      how often a shown item is rejected with the reason
     errors_allowed  malformed calls until the episode ends as invalid
     results         items per page (the compact surface has handles for five)
+    latency         seconds that every answer of user or shop takes
     """
 
     surface: Literal["full", "compact"] = "full"
@@ -55,6 +56,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     rejections: int = 1
     errors_allowed: int = 2
     results: int = 5
+    latency: float = 0.0
 
 
 def config(options: dict[str, Any]) -> Config:
@@ -74,7 +76,7 @@ def _check(c: Config) -> None:
     ranges: dict[str, tuple[float, float]] = {
         "size": (20, 10_000_000), "buckets": (2, 99), "soft": (0, 3), "max_turns": (0, 1000), "vague": (0, 1),
         "patience": (1, 1000), "change_of_mind": (0, 1), "rejections": (0, 100), "errors_allowed": (0, 1000),
-        "results": (1, 5),
+        "results": (1, 5), "latency": (0, 60),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         if not low <= getattr(c, name) <= high:

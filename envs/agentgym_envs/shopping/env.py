@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import Iterator
 from functools import lru_cache
@@ -122,6 +123,8 @@ class ShoppingEnv(SingleAgentEnv):
         desk = self.desk
         if desk.close is not None:
             raise ConfigError("the episode has ended: await env.reset(task) before another step")
+        if self.config.latency:
+            await asyncio.sleep(self.config.latency)
         outcome = desk.act(self._surface.read(desk, action))
         if desk.close is None:
             seen = self._surface.show(desk, outcome.events).replace(anchor=_anchor(desk))

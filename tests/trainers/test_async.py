@@ -1,0 +1,187 @@
+"""One loop for every staleness: parity with a plain synchronous loop, the bound, and kills that lose nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from toys import BanditEnv, register, table
+
+from agentgym import registry
+from agentgym.errors import ConfigError
+from agentgym.store import load_run
+from agentgym.types import Action, Observation, StepResult, WeightsVersion
+from agentgym_trainers import language
+from agentgym_trainers.config import Config, from_table
+from agentgym_trainers.loop import PolicyGradient
+from agentgym_trainers.reinforce import Reinforcement, player
+from agentgym_trainers.rollouts import TaskCursor, Unit, oldest
+from agentgym_trainers.state import MODEL
+
+HERE = Path(__file__).parent
+BARE: dict[str, Any] = {"warmup": {"steps": 0}, "sft": {"steps": 0}, "eval": {"episodes": 0}}
+EXACT: dict[str, Any] = {**BARE, "run": {"deterministic": True, "steps": 5, "checkpoint_every": 2, "threads": 1}}
+
+
+class SlowBandit(BanditEnv):
+    """Answers after a few milliseconds, other ones for every task."""
+
+    id = "slow-bandit-v0"
+
+    async def act(self, action: Action) -> tuple[Observation | None, StepResult]:
+        await asyncio.sleep(0.002 * (self.turn + 1) * random.Random(id(self)).random())
+        return await super().act(action)
+
+
+def config(**sections: Any) -> Config:
+    register()
+    if SlowBandit.id not in registry.catalogue():
+        registry.register(SlowBandit.id, SlowBandit, summary="a bandit with latency")
+    return from_table(table(**sections))
+
+
+def weights(run: Path) -> dict[str, Any]:
+    return load_file(Path(load_run(run).checkpoints[-1].path) / MODEL / "model.safetensors")
+
+
+# --- parity -----------------------------------------------------------------------------------------------------
+
+
+async def plainly(declared: Config) -> tuple[dict[str, Any], list[Any]]:
+    """Synchronous training with nothing around it: play, learn, publish, in turn."""
+    env = registry.make(**declared.env)
+    model = language.make(declared, env)
+    await model.publish(WeightsVersion(number=0))
+    phase, seen = Reinforcement(declared, env, model), []
+    rollouts, cursor = player(declared, env, model.engine, model.renderer, None), TaskCursor(env, declared.run.seed)
+    for step in range(declared.run.steps):
+        tasks = tuple(cursor.take(declared.rollout.tasks_per_step))
+        played = await rollouts.play(Unit(number=step, version=step, tasks=tasks, step=step))
+        seen += [s.trajectory.content() for s in played.handed]
+        phase.learn([played], step)
+        await model.publish(WeightsVersion(number=step + 1))
+    model.close()
+    return {name: p.detach().clone() for name, p in model.module().named_parameters()}, seen
+
+
+@pytest.mark.parametrize("unit", ["update", "group"])
+def test_at_staleness_zero_the_pipeline_is_the_plain_loop(tmp_path: Path, unit: str) -> None:
+    """The same trajectories and the same weights, bit for bit."""
+    declared = config(**EXACT, rollout={"unit": unit})
+    PolicyGradient.train(declared, tmp_path / "run")
+    expected, seen = asyncio.run(plainly(declared))
+    found = weights(tmp_path / "run")
+    assert all(bool((found[name] == value).all()) for name, value in expected.items() if name in found)
+    assert len(found) >= len(expected) - 1, "all but the tied unembedding"
+    assert [t.content() for t in load_run(tmp_path / "run").trajectories()] == seen
+
+
+# --- the bound --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["group", "update"])
+def test_overlapped_training_learns_within_the_bound_and_accounts_for_everything(tmp_path: Path, unit: str) -> None:
+    declared = config(
+        env={"id": SlowBandit.id},
+        rollout={"max_staleness": 2, "unit": unit},
+        run={"steps": 10, "threads": 1, "checkpoint_every": 4},
+        eval={"episodes": 60, "ladder": False},
+    )
+    summary = PolicyGradient.train(declared, tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    assert len(run) == 10 * 4 * 8
+    assert Counter(e.step for e in run.index) == {28 + n: 32 for n in range(1, 11)}
+    assert len({e.episode for e in run.index}) == len(run), "nothing is learnt from twice"
+    assert summary.counts["consumed"] == len(run)
+    assert summary.counts.get("stale", 0) == 0, "the schedule leaves nothing for the buffer to drop"
+    ages = [entry.step - 1 - oldest(t, 0) for entry, t in zip(run.index, run.trajectories(), strict=True)]
+    assert max(ages) in (1, 2)
+    lines = [line for line in run.metrics if line["phase"] == "rl"]
+    assert max(line["staleness_max"] for line in lines) == max(ages)
+    assert {what for line in lines for what, *_ in line["timeline"]["learner"]} == {"waiting", "learning", "publishing"}
+    assert summary.after["success"] > summary.before["success"] + 0.3
+
+
+def test_what_overlapping_cannot_mean_is_refused() -> None:
+    with pytest.raises(ConfigError, match="which weights sample a reply is a matter of timing"):
+        config(run={"deterministic": True}, rollout={"max_staleness": 1})
+    with pytest.raises(ConfigError, match="warm start all along"):
+        config(run={"algorithm": "best_of_n"}, rollout={"max_staleness": 1})
+    with pytest.raises(ConfigError, match="stale_caches"):
+        config(rollout={"stale_caches": True})
+    with pytest.raises(ConfigError, match="max_staleness is at least 0; got -1"):
+        config(rollout={"max_staleness": -1})
+
+
+# --- kills ------------------------------------------------------------------------------------------------------
+
+ASYNC: dict[str, Any] = {
+    **BARE,
+    "env": {"id": SlowBandit.id},
+    "run": {"steps": 14, "checkpoint_every": 4, "threads": 1},
+    "rollout": {"max_staleness": 2},
+}
+CHILD = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+from test_async import ASYNC, config
+from agentgym_trainers.loop import PolicyGradient
+fresh, declared = sys.argv[2] == "fresh", config(**ASYNC)
+PolicyGradient.train(declared if fresh else None, sys.argv[1], resume=not fresh,
+    progress=lambda phase, done, total, figures: print(phase, done, flush=True))
+"""
+
+
+def live(out: Path, mode: str, until: float | None) -> int:
+    """Train in a process of its own, and SIGKILL it so many seconds after its first update."""
+    path = os.pathsep.join([str(HERE.parent), *sys.path])
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(out), mode],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert child.stdout is not None
+    with child.stdout:
+        if until is not None and child.stdout.readline():
+            time.sleep(until)
+            child.send_signal(signal.SIGKILL)
+        child.stdout.read()
+    return child.wait(60)
+
+
+@pytest.mark.slow
+def test_a_killed_overlapped_run_loses_unfinished_episodes_alone(tmp_path: Path) -> None:
+    """Killed twice at moments of chance: every unit is learnt from once, and what the journal held was not replayed."""
+    out, chance = tmp_path / "run", random.Random(time.time())
+    assert live(out, "fresh", chance.uniform(0.0, 0.4)) == -signal.SIGKILL
+    finished = _finished(out)
+    assert live(out, "resume", chance.uniform(0.0, 0.4)) == -signal.SIGKILL
+    assert live(out, "resume", None) == 0
+    run = load_run(out)
+    assert len({e.episode for e in run.index}) == len(run) == 14 * 32
+    assert Counter(e.step for e in run.index) == dict.fromkeys(range(1, 15), 32)
+    ages = [entry.step - 1 - oldest(t, 0) for entry, t in zip(run.index, run.trajectories(), strict=True)]
+    assert 0 <= min(ages)
+    assert max(ages) <= 2
+    kept = {t.episode.id: t.content() for t in run.trajectories()}
+    assert all(kept[id] == content for id, content in finished.items())
+
+
+def _finished(out: Path) -> dict[str, Any]:
+    """Episodes that were whole when the run was killed: stored, or only in the journal."""
+    from agentgym_trainers.journal import History, read
+
+    files = sorted((out / "journal").glob("*.frames"))
+    history = History(event for path in files for event in read(path))
+    return {s.trajectory.episode.id: s.trajectory.content() for p in history.played.values() for s in p.handed}
