@@ -40,6 +40,8 @@ from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.objective.declare import IMITATION, Objective
 from agentgym_trainers.plan import Plan, plan
 from agentgym_trainers.reinforce import Reinforcement, needs_initial, player, refuse
+from agentgym_trainers.remote import Remote
+from agentgym_trainers.rollouts import Rollouts
 from agentgym_trainers.state import SUMMARY, Stage, State, Stateful, position, require_free, steps_of
 from agentgym_trainers.updates import Updates
 
@@ -248,7 +250,11 @@ class _Training:
         derived = composer(config.reward or env.reward).derived
         initial = self._initial() if needs_initial(config, derived) else None
         phase = Reinforcement(config, env, model, initial, self.counts)
-        rollouts = player(config, env, model.engine, model.renderer, initial)
+        rollouts: Rollouts | Remote
+        if config.run.processes == 2:
+            rollouts = Remote(config, model, self.state.folder.path, self.counts)
+        else:
+            rollouts = player(config, env, model.engine, model.renderer, initial)
         self.updates = Updates(self.state, env, rollouts, phase, lambda name: self._judge(name, model.engine))
         try:
             await self._phase("rl", phase, self.updates.one, config.run.checkpoint_every)

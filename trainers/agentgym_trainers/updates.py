@@ -22,6 +22,7 @@ from agentgym_trainers import figures
 from agentgym_trainers.figures import Figures
 from agentgym_trainers.pipeline import Pipeline
 from agentgym_trainers.reinforce import Learned, Reinforcement
+from agentgym_trainers.remote import Remote
 from agentgym_trainers.rollouts import Played, Rollouts, TaskCursor, require_outcomes
 from agentgym_trainers.schedule import Schedule
 from agentgym_trainers.state import State, position
@@ -50,7 +51,9 @@ class Clock:
 class Updates:
     """The updates of a run from where `state` stands. `judge` evaluates where the config wants it in between."""
 
-    def __init__(self, state: State, env: Environment, rollouts: Rollouts, phase: Reinforcement, judge: Judge) -> None:
+    def __init__(
+        self, state: State, env: Environment, rollouts: Rollouts | Remote, phase: Reinforcement, judge: Judge
+    ) -> None:
         self.state, self.config, self.rollouts, self.phase, self.judge = state, state.config, rollouts, phase, judge
         self.line = _pipeline(state, env, rollouts)
         run = self.config.run
@@ -110,7 +113,7 @@ def _timeline(played: Sequence[Played], version: int, clock: Clock) -> dict[str,
     return {"learner": clock.laps, "units": units}
 
 
-def _pipeline(state: State, env: Environment, rollouts: Rollouts) -> Pipeline:
+def _pipeline(state: State, env: Environment, rollouts: Rollouts | Remote) -> Pipeline:
     """Rollouts in the order of the schedule, and what is left of an earlier life of the run."""
     config, r, stage = state.config, state.config.rollout, state.stage
     whole = (r.unit or ("group" if r.max_staleness else "update")) == "update"
