@@ -13,9 +13,16 @@ POLICIES = [
     Spec(
         id="endpoint",
         target="agentgym_policies.endpoint:Endpoint",
-        summary="any server that speaks OpenAI's chat completions, by its URL; exact records where it returns token ids",
+        summary="any server that speaks OpenAI's chat completions, by its URL; records the token ids it returns",
         extra="http",
         requires=("aiohttp",),
+    ),
+    Spec(
+        id="completions",
+        target="agentgym_policies.endpoint.completions:Completions.from_checkpoint",
+        summary="any server of /v1/completions that takes token ids; conversations are rendered here",
+        extra="train,http",
+        requires=("aiohttp", "torch", "transformers", "tokenizers", "safetensors"),
     ),
     Spec(
         id="vllm",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,7 +129,7 @@ async def _openai(url: str, callers: int, turns: int) -> None:
         await _talks(send, callers, turns)
 
 
-CONTESTANTS: dict[str, tuple[str, Callable[[str, int, int], Awaitable[None]]]] = {
+CONTESTANTS: dict[str, tuple[str, Callable[[str, int, int], Coroutine[Any, Any, None]]]] = {
     "bare aiohttp": ("aiohttp", _bare),
     "Endpoint": ("aiohttp", _ours),
     "httpx": ("httpx", _httpx),

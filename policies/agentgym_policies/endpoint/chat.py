@@ -4,44 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, NamedTuple, Self
 
 from agentgym import seeding
-from agentgym.errors import ConfigError, ModelError, RecordError, unknown
+from agentgym.errors import ConfigError, ModelError
 from agentgym.modeling.renderer import with_hint
 from agentgym.policy import left
 from agentgym.types import Action, Episode, Guidance, Message, Observation, Sampling, TokenSpan, ToolCall
 from agentgym_policies.endpoint.client import Client, Refused
-from agentgym_policies.endpoint.remote import Remote, full
+from agentgym_policies.endpoint.remote import Record, Remote, full
 from agentgym_policies.endpoint.spans import Branches
-from agentgym_policies.endpoint.wire import Chat, Tokens, as_wire, drawn, plain, tokens_of, understood, wired
+from agentgym_policies.endpoint.wire import Chat, as_wire, drawn, understood, wired
 
 CHAT = "/chat/completions"
-Record = Literal["auto", "require", "off"]
-TELL = {
-    "logprobs": True,
-    "return_token_ids": True,
-    "include_stop_str_in_output": True,
-    "top_k": -1,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-}
-"""What a request adds to be told the tokens, drawn from the raw model whatever the server's defaults are (vLLM)."""
 
 
 class Endpoint(Remote):
-    """A chat-completions server behind `url`, or in `app`; see the package.
+    """A chat-completions server behind `url`, or in `app`; `tokens` as in `Remote`, other options as in `Client`.
 
-    `tokens`: whether actions carry the server's token ids and log-probs.
-
-        "auto"      where the server gives them (vLLM does) and tokens are drawn from the raw model: temperature 1,
-                    top-p 1, no top-k. A server that does not is asked no more: evaluation only
-        "require"   an answer without them is a `RecordError` that names the missing field
-        "off"       not asked for
-
-    The other options are those of `Client`. Stop strings end a reply; whether they stay in it is the server's choice
-    where it gives no tokens. Sampling seeds come from the episode's key; whether they make replies repeatable is the
-    server's choice too.
+    Stop strings end a reply; whether they stay in it is the server's choice where it gives no tokens. Sampling seeds
+    come from the episode's key; whether they make replies repeatable is the server's choice too.
     """
 
     def __init__(
@@ -60,8 +42,6 @@ class Endpoint(Remote):
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
     ) -> None:
-        if tokens not in get_args(Record):
-            raise unknown("way to record tokens", tokens, get_args(Record))
         client = Client(
             url,
             key=key,
@@ -73,15 +53,8 @@ class Endpoint(Remote):
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
         )
-        super().__init__(client, model)
-        self.sampling, self.tokens = sampling or Sampling(), tokens
-        self.refusal = "tokens='off'" if tokens == "off" else ""
-        self._told = False
-
-    @property
-    def trainable(self) -> bool | None:
-        """Whether its actions carry exact tokens: None until an answer has shown it; `refusal` says why not."""
-        return False if self.refusal else self._told or None
+        super().__init__(client, model, tokens)
+        self.sampling = sampling or Sampling()
 
     def session(self, episode: Episode, agent: str) -> ChatSession:
         """`ConfigError` for guidance that a server cannot follow or record."""
@@ -97,44 +70,6 @@ class Endpoint(Remote):
                 " or play it with completions or an engine of our own, which render themselves"
             )
         return ChatSession(self, episode, agent)
-
-    async def complete(
-        self, body: dict[str, Any], sampling: Sampling, *noise: seeding.Key
-    ) -> tuple[Chat, Tokens | None]:
-        """One chat completion, with its tokens where they are to be recorded and come.
-
-        Raises `RecordError` where they are required and do not come, `EngineFault` for trouble.
-        """
-        if self.tokens == "require" and not plain(sampling):
-            raise RecordError(
-                f"tokens='require' needs temperature 1, top_p 1 and top_k 0, got {sampling}: a server does not say"
-                " under which probabilities it drew otherwise; sample so, or tokens='off' to evaluate only"
-            )
-        if self.refusal or not plain(sampling):
-            return await self.ask(CHAT, Chat, body, *noise), None
-        try:
-            chat = await self.ask(CHAT, Chat, body | TELL, *noise)
-        except Refused as error:
-            if self.tokens == "require" or self._told or full(error) or error.status not in (400, 422):
-                raise
-            chat = await self.ask(CHAT, Chat, body, *noise)
-            self.refusal = f"the server refuses to be asked for tokens: {error.message}"
-            return chat, None
-        return chat, self._tokens(chat)
-
-    def _tokens(self, chat: Chat) -> Tokens | None:
-        found = tokens_of(chat)
-        if isinstance(found, Tokens):
-            self._told = True
-            return found
-        self.refusal = (
-            f"the answer of {self.client.address(CHAT)} holds no {found}: what it drew cannot be trained on; a vLLM"
-            " server gives it (return_token_ids), or evaluate only, with tokens='off'"
-        )
-        if self.tokens == "require":
-            refusal, self.refusal = self.refusal, ""
-            raise RecordError(refusal)
-        return None
 
 
 class ChatSession:
@@ -175,7 +110,7 @@ class ChatSession:
         if heard.tools:
             body["tools"] = heard.tools
         try:
-            chat, tokens = await self.endpoint.complete(body, chosen, *noise)
+            chat, tokens = await self.endpoint.complete(CHAT, Chat, body, chosen, *noise)
         except Refused as error:
             return self._full(heard, chosen, error)
         choice = chat.choices[0]

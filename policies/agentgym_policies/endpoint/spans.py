@@ -9,7 +9,8 @@ from agentgym.types import Floats, Ids, Sampling, TokenSpan
 from agentgym_policies.endpoint.wire import Tokens
 
 Finish = Literal["stop", "length", ""]
-_FINISH: dict[str | None, Finish] = {"stop": "stop", "tool_calls": "stop", "function_call": "stop", "length": "length"}
+FINISH: dict[str | None, Finish] = {"stop": "stop", "tool_calls": "stop", "function_call": "stop", "length": "length"}
+"""What servers call the end of a reply, in our words."""
 
 
 class Branches:
@@ -31,7 +32,7 @@ class Branches:
             ids=Ids(tokens.ids),
             logprobs=Floats(tokens.logprobs),
             sampling=sampling,
-            finish=_FINISH.get(finish, ""),
+            finish=FINISH.get(finish, ""),
             branch=self.branch,
             parent=parent,
             context="hinted" if hinted else "original",

@@ -123,6 +123,14 @@ class _ChatChoice(msgspec.Struct, gc=False):
     logprobs: _Logprobs | None = None
 
 
+class Tokens(msgspec.Struct, frozen=True, gc=False):
+    """What the sampler read and drew: ids of the whole prompt [P], sampled ids [N] and their log-probs [N]."""
+
+    prompt: list[int]
+    ids: list[int]
+    logprobs: list[float]
+
+
 class Chat(msgspec.Struct, gc=False):
     """A chat completion. `prompt_token_ids`, `token_ids` and their log-probs are vLLM's, and others' that follow it."""
 
@@ -130,9 +138,21 @@ class Chat(msgspec.Struct, gc=False):
     usage: Spent | None = None
     prompt_token_ids: list[int] | None = None
 
+    def tokens(self) -> Tokens | str:
+        """The tokens behind the first choice, or the field that is missing."""
+        choice = self.choices[0]
+        said = choice.logprobs.content if choice.logprobs else None
+        if self.prompt_token_ids is None:
+            return "prompt_token_ids"
+        if choice.token_ids is None:
+            return "choices[0].token_ids"
+        if said is None or len(said) != len(choice.token_ids):
+            return "choices[0].logprobs.content, one for each of token_ids"
+        return Tokens(self.prompt_token_ids, choice.token_ids, [each.logprob for each in said])
+
 
 class _TextLogprobs(msgspec.Struct, gc=False):
-    token_logprobs: list[float | None] | None = None
+    token_logprobs: list[float] | None = None
 
 
 class _TextChoice(msgspec.Struct, gc=False):
@@ -149,22 +169,23 @@ class Text(msgspec.Struct, gc=False):
     choices: list[_TextChoice]
     usage: Spent | None = None
 
+    def tokens(self) -> Tokens | str:
+        """The same; the prompt is empty where the server does not repeat it."""
+        choice = self.choices[0]
+        said = choice.logprobs.token_logprobs if choice.logprobs else None
+        if choice.token_ids is None:
+            return "choices[0].token_ids"
+        if said is None or len(said) != len(choice.token_ids):
+            return "choices[0].logprobs.token_logprobs, one for each of token_ids"
+        return Tokens(choice.prompt_token_ids or [], choice.token_ids, said)
+
 
 class _Model(msgspec.Struct, gc=False):
     id: str
-    max_model_len: int | None = None
 
 
 class Models(msgspec.Struct, gc=False):
     data: list[_Model]
-
-
-class Tokens(msgspec.Struct, frozen=True, gc=False):
-    """What the sampler read and drew: ids of the whole prompt [P], sampled ids [N] and their log-probs [N]."""
-
-    prompt: list[int]
-    ids: list[int]
-    logprobs: list[float]
 
 
 def reader(kind: type[S]) -> Callable[[bytes], S]:
@@ -205,19 +226,6 @@ def _leniently(data: bytes, kind: type[S]) -> S:
     except (ValueError, RecursionError) as error:
         what = f"the endpoint's answer is not as agreed ({error}): {message_of(data, {})}"
         raise Passing("unreadable", what) from error
-
-
-def tokens_of(chat: Chat) -> Tokens | str:
-    """The tokens behind the first choice, or the field that is missing."""
-    choice = chat.choices[0]
-    said = choice.logprobs.content if choice.logprobs else None
-    if chat.prompt_token_ids is None:
-        return "prompt_token_ids"
-    if choice.token_ids is None:
-        return "choices[0].token_ids"
-    if said is None or len(said) != len(choice.token_ids):
-        return "choices[0].logprobs.content, one for each of token_ids"
-    return Tokens(chat.prompt_token_ids, choice.token_ids, [each.logprob for each in said])
 
 
 def understood(reply: Reply, turn: int, *, hermes: bool) -> tuple[str, tuple[ToolCall, ...]]:
