@@ -27,6 +27,7 @@ from agentgym.types import (
     Turns,
     WeightsVersion,
 )
+from agentgym_trainers.sharding import whole
 
 VOCABULARY = 20
 
@@ -80,5 +81,5 @@ REWARDS = [float(n % 2) for n in range(len(EPISODES))]
 
 
 def weights(learner: Any) -> torch.Tensor:
-    """All moving parameters, flat."""
-    return torch.cat([p.detach().flatten() for p in learner.parameters])
+    """All moving parameters, flat; put together where they lie in shards."""
+    return torch.cat([whole(p.detach()).flatten() for p in learner.parameters])

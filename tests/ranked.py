@@ -1,5 +1,5 @@
-"""A rank of a learner: `python ranked.py RANK RANKS FOLDER` takes three updates of every case on its own share of the
-trajectories and leaves weights, figures and controllers in FOLDER/RANK.pt. One rank alone is the plain learner."""
+"""A rank of a learner: `python ranked.py RANK RANKS FOLDER` takes two updates of every case, whole and in shards, and
+leaves weights, figures and controllers in FOLDER/RANK.pt. One rank alone is the plain learner."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from learning import CREDIT, EPISODES, REWARDS, Bare, weights
 
 from agentgym.errors import RecordError
+from agentgym.types import Batch
+from agentgym_trainers import ranks as exchange
 from agentgym_trainers.controllers import numbers
 from agentgym_trainers.critic import Critic, CriticConfig
 from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.declare import Objective
+from agentgym_trainers.sharding import full_weights, local, whole
 
 DUAL = declare.Dual(of="gate.coef", watch="ratio_variance", target=0.001, lr=2.0)
 CASES = {
@@ -37,40 +39,86 @@ CASES = {
 }
 
 
-def share_of(name: str, rank: int, ranks: int) -> list[int]:
-    """The trajectories of a rank: every other one, so that groups lie across ranks; or all with the first."""
-    everything = list(range(len(EPISODES)))
-    if "nothing" in name:
-        return everything if rank == 0 else []
-    return everything[rank::ranks]
+OPTIM = Optim(lr=0.02, warmup=0, micro_tokens=40, minibatches=2)
+SHARDED = ("plain", "FiberPO-Domain", "one rank has nothing", "coupled, one rank has nothing")
 
 
-def learn(name: str, rank: int, ranks: int) -> dict[str, Any]:
-    optim = Optim(lr=0.02, warmup=0, micro_tokens=40)
-    models = {"reference": Bare(3, dtype=torch.float64).module()}
-    learner = Learner(Bare(dtype=torch.float64), CASES[name], optim, total_steps=3, **models)
-    mine = share_of(name, rank, ranks)
-    parts = [[held[i] for i in mine] for held in (EPISODES, CREDIT, REWARDS)]
-    figures = [learner.update(*parts) for _ in range(3)]
+def given(name: str) -> list[Any]:
+    """Trajectories, advantages, rewards: of one episode where a rank is to have nothing."""
+    count = 1 if "nothing" in name else len(EPISODES)
+    return [held[:count] for held in (EPISODES, CREDIT, REWARDS)]
+
+
+def make(name: str, optim: Optim = OPTIM, *, dtype: torch.dtype = torch.float64, **more: Any) -> Learner:
+    models = {"reference": Bare(3, dtype=dtype).module()}
+    return Learner(Bare(dtype=dtype), CASES[name], optim, total_steps=6, **models, **more)
+
+
+def learn(name: str, optim: Optim = OPTIM, **more: Any) -> dict[str, Any]:
+    learner = make(name, optim, **more)
+    figures = [learner.update(*given(name)) for _ in range(2)]
     return {"weights": weights(learner), "figures": figures, "numbers": numbers(learner.objective)}
 
 
-def valued(rank: int, ranks: int) -> dict[str, Any]:
+def valued() -> dict[str, Any]:
     """The critic's side of an update."""
-    mine = share_of("critic", rank, ranks)
     critic = Critic(Bare(dtype=torch.float64), CriticConfig(), micro_tokens=40)
-    states = critic.read([EPISODES[i] for i in mine])
-    figures = critic.update(states, [CREDIT[i] for i in mine])
-    return {"weights": torch.cat([p.detach().flatten() for p in critic.parameters]), "figures": figures}
+    states = critic.read(EPISODES)
+    figures = critic.update(states, CREDIT)
+    parameters = torch.cat([p.detach().flatten() for p in critic.parameters])
+    return {"weights": parameters, "figures": figures, "values": states.per_turn}
 
 
-def refused(rank: int) -> str:
-    """An advantage that is not finite, on the last rank alone."""
-    learner = Learner(Bare(), Objective(), Optim(), total_steps=1)
+def compared() -> list[Any]:
+    """Log-ratios to another model."""
+    return make("plain").log_ratios(EPISODES, Bare(3, dtype=torch.float64).module())
+
+
+IN_SHARDS = Optim(lr=0.02, warmup=0, micro_tokens=40, minibatches=2, sharded=True)
+
+
+def in_shards() -> dict[str, Any]:
+    """What shards come to: every case, how much of the weights is here, and a learner that was interrupted."""
+    learner = make("plain", IN_SHARDS, remember=1)
+    held = sum(local(p).numel() for p in learner.parameters) / sum(p.numel() for p in learner.parameters)
+    for version in range(2):
+        learner.update(*given("plain"), version=version)
+    moments = [local(x).numel() for state in learner.optimiser.state.values() for x in state.values() if x.ndim]
+    tensors, plain = learner.state()
+    later = make("plain", IN_SHARDS, remember=1)
+    for p, q in zip(later.parameters, learner.parameters, strict=True):
+        local(p.data).copy_(local(q.data))
+    later.restore({name: x.clone() for name, x in tensors.items()}, plain)
+    figures = [each.update(*given("plain"), version=2) for each in (learner, later)]
+    kept = full_weights(learner.trainable.module())
+    return {
+        **{name: learn(name, IN_SHARDS) for name in SHARDED},
+        "half": learn("plain", IN_SHARDS, dtype=torch.bfloat16),
+        "held": held,
+        "moments": sum(moments) / (2 * sum(p.numel() for p in learner.parameters)),
+        "resumed": [weights(learner), weights(later)],
+        "figures": figures,
+        "names": sorted(kept),
+        "state": {name: whole(x).shape for name, x in tensors.items()},
+    }
+
+
+class Failing(Bare):
+    """Cannot collate on the last rank."""
+
+    def collate(self, *given: Any, **more: Any) -> list[Batch]:
+        if exchange.rank() == exchange.count() - 1:
+            raise RecordError("a span does not add up")
+        return super().collate(*given, **more)
+
+
+def failed() -> str:
+    """What a rank says of one that failed, while it waits for it."""
     try:
-        learner.update(EPISODES[:2], [np.full(len(t.turns), np.nan if rank else 1.0) for t in EPISODES[:2]])
-    except RecordError as error:
-        return str(error)
+        with exchange.together():
+            Learner(Failing(), Objective(), Optim(), total_steps=1).update(EPISODES, CREDIT)
+    except (RecordError, exchange.RankError) as error:
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
@@ -78,8 +126,9 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     init = f"file://{folder / 'meeting'}"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
-    found: dict[str, Any] = {name: learn(name, rank, ranks) for name in CASES}
-    torch.save({**found, "critic": valued(rank, ranks), "refused": refused(rank)}, folder / f"{rank}.pt")
+    found: dict[str, Any] = {name: learn(name) for name in CASES}
+    more = {"critic": valued(), "ratios": compared(), "shards": in_shards(), "failed": failed()}
+    torch.save({**found, **more}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

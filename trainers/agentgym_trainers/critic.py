@@ -25,8 +25,10 @@ from agentgym.errors import ConfigError
 from agentgym.modeling.logprobs import head_of, packed_hidden
 from agentgym.types import Batch, Trajectory
 from agentgym_trainers import ranks
-from agentgym_trainers.learner import Trainable
+from agentgym_trainers.forward import IDLE
+from agentgym_trainers.learner import Trainable, even, tokens_of
 from agentgym_trainers.objective.declare import Struct
+from agentgym_trainers.sharding import within
 
 
 class CriticConfig(Struct, frozen=True, kw_only=True):
@@ -71,28 +73,35 @@ class Critic:
 
     @torch.no_grad()
     def read(self, trajectories: Sequence[Trajectory]) -> States:
-        """The states of these trajectories' turns, and what they are worth now."""
+        """The states of these trajectories' turns, and what they are worth now. Every rank is given the same, and reads
+        its share; `per_turn` has everybody's."""
         nothing = [np.zeros(len(t.turns)) for t in trajectories]
-        batches = self.trainable.collate(trajectories, nothing, max_tokens=self.micro_tokens, behaviour=False)
-        found = [self._states(batch) for batch in batches]
+        mine = np.asarray(ranks.share(list(map(tokens_of, trajectories))), int)
+        parts = [trajectories[i] for i in mine], [nothing[i] for i in mine]
+        batches = even(self.trainable, self.trainable.collate(*parts, max_tokens=self.micro_tokens, behaviour=False))
+        found = [states for batch in batches if (states := self._states(batch, mine)) is not None]
         hidden = torch.cat([h for h, _, _ in found]) if found else self.head.weight.new_zeros(0, self.head.in_features)
         owners, turns = (np.concatenate([[], *(f[i] for f in found)]).astype(np.intp) for i in (1, 2))
         values = self._value(hidden)
         for owner, turn, value in zip(owners, turns, values.tolist(), strict=True):
             nothing[owner][turn] = value
-        return States(hidden, values, owners, turns, nothing)
+        per_turn = [sum(held) for held in zip(*ranks.gather(nothing), strict=True)]
+        return States(hidden, values, owners, turns, per_turn)
 
-    def _states(self, batch: Batch) -> tuple[Tensor, NDArray[np.intp], NDArray[np.intp]]:
-        """Hidden states, owners and turns of a batch, one for each turn with trained tokens."""
+    def _states(self, batch: Batch, mine: NDArray[np.intp]) -> tuple[Tensor, NDArray[np.intp], NDArray[np.intp]] | None:
+        """Hidden states, owners and turns of a batch of trajectories `mine`, one for each turn with trained tokens."""
+        module = self.trainable.module()
+        hidden = within(module, lambda: packed_hidden(module, batch.ids, batch.positions, batch.bounds))
+        if batch is IDLE:
+            return None
         at = np.flatnonzero(batch.mask)
         sequence = np.repeat(np.arange(len(batch.owners)), np.diff(batch.bounds))[at]
         first = np.ones(len(at), bool)
         first[1:] = (np.diff(batch.turns[at]) != 0) | (np.diff(sequence) != 0)
-        hidden = packed_hidden(self.trainable.module(), batch.ids, batch.positions, batch.bounds)
         before = torch.from_numpy(at[first] - 1).to(hidden.device)
         return (
             hidden[before].float(),
-            batch.owners[sequence[first]].astype(np.intp),
+            mine[batch.owners[sequence[first]]],
             batch.turns[at[first]].astype(np.intp),
         )
 

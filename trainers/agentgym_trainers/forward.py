@@ -20,6 +20,7 @@ from agentgym.errors import ConfigError, RecordError
 from agentgym.modeling.logprobs import chunked_divergence, chunked_logprobs, head_of, packed_hidden
 from agentgym.seeding import key, uniforms
 from agentgym.types import Batch
+from agentgym_trainers import ranks
 from agentgym_trainers.history import History
 from agentgym_trainers.objective.declare import (
     Distillation,
@@ -30,9 +31,30 @@ from agentgym_trainers.objective.declare import (
     Perception,
 )
 from agentgym_trainers.objective.tokens import Tokens
+from agentgym_trainers.sharding import sharded, within
 
 LEAVES = ("logp", "entropy", "masked", "divergence")
 """The columns of `Tokens` that carry gradient."""
+
+
+def _idle() -> Batch:
+    nothing = np.zeros(2, np.float32)
+    return Batch(
+        ids=np.zeros(2, np.int32),
+        positions=np.arange(2, dtype=np.int32),
+        bounds=np.asarray([0, 2]),
+        mask=np.asarray([0, 1], np.float32),
+        advantages=nothing,
+        logprobs=nothing,
+        versions=np.full(2, -1, np.int32),
+        turns=np.zeros(2, np.int32),
+        owners=np.zeros(1, np.int32),
+        segments=np.zeros(2, np.int16),
+    )
+
+
+IDLE = _idle()
+"""What a rank without a micro-batch of its own passes through a model in shards: all ranks gather them together."""
 
 
 class Blank(NamedTuple):
@@ -53,6 +75,10 @@ class Micro:
     step: int
     layer: int | None = None
     blanked: NDArray[np.int32] | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.batch is IDLE
 
 
 class Forward:
@@ -127,28 +153,28 @@ class Forward:
         """Log-probs of the versions that sampled [M], one forward pass for each of them."""
         if self.history is None or fixed.age is None:
             return None
-        found, versions = torch.full_like(fixed.sampled, torch.nan), batch.versions[trained(batch)]
-        for held, mine in self.history.holding(versions):
+        found, mine = torch.full_like(fixed.sampled, torch.nan), self.history.holding(batch.versions[trained(batch)])
+        for held in sorted(set().union(*ranks.gather(set(mine))) if sharded(self.module) else mine):
             with self.history.under(held):
-                at = torch.from_numpy(mine).to(found.device)
-                found[at] = self.logprobs(self.module, batch)[at]
+                logp = self.logprobs(self.module, batch)
+            if held in mine:
+                at = torch.from_numpy(mine[held]).to(found.device)
+                found[at] = logp[at]
         return found
 
     def tokens(self, micro: Micro) -> Tokens:
         """The trained tokens, with gradient unless the caller turned it off."""
+        logp, entropy, masked, divergence = within(self.module, lambda: self._leaves(micro))
+        return replace(micro.fixed, logp=logp, entropy=entropy, masked=masked, divergence=divergence)
+
+    def _leaves(self, micro: Micro) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         hidden = self._hidden(self.module, micro.batch, micro.layer)
         logp, entropy = self._read(self.module, hidden, micro.batch, self.entropy)
-        return replace(
-            micro.fixed,
-            logp=logp,
-            entropy=entropy,
-            masked=self._masked(micro),
-            divergence=self._diverged(micro, hidden),
-        )
+        return logp, entropy, self._masked(micro), self._diverged(micro, hidden)
 
     def logprobs(self, module: Any, batch: Batch, layer: int | None = None) -> Tensor:
         """Log-probs of the trained tokens under a module [M]."""
-        return self._read(module, self._hidden(module, batch, layer), batch, False)[0]
+        return within(module, lambda: self._read(module, self._hidden(module, batch, layer), batch, False)[0])
 
     def _masked(self, micro: Micro) -> Tensor | None:
         """Log-probs of the same tokens behind masked observations."""

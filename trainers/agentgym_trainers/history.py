@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agentgym.errors import RecordError
+from agentgym_trainers.sharding import assembled, local, parted
 
 HISTORY = "history"
 """Begins the names of remembered weights among the tensors of a learner's state."""
@@ -39,12 +40,12 @@ class History:
     @torch.no_grad()
     def remember(self, version: int) -> None:
         """The weights as they are are those of `version`; what lies more than `length` versions back is forgotten."""
-        self.held[version] = [p.detach().to("cpu", copy=True) for p in self.parameters]
+        self.held[version] = [local(p.detach()).to("cpu", copy=True) for p in self.parameters]
         self.held = {v: kept for v, kept in self.held.items() if v >= version - self.length}
 
-    def holding(self, versions: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-        """Of tokens sampled by `versions` [M] (negative: by nobody knows which): the remembered version that has their
-        weights, and which of the tokens these are [M]. `RecordError` for one that is forgotten."""
+    def holding(self, versions: NDArray[np.int32]) -> dict[int, NDArray[np.bool_]]:
+        """Of tokens sampled by `versions` [M] (negative: nobody knows which): the remembered versions that have their
+        weights, and which of the tokens each one sampled [M]. `RecordError` for one that is forgotten."""
         known = np.asarray(sorted(self.held), np.int64)
         sampled = versions[versions >= 0]
         if len(sampled) and (not len(known) or sampled.min() < known[-1] - self.length or sampled.max() > known[-1]):
@@ -53,7 +54,7 @@ class History:
                 "rollout.max_staleness, or set rollout.behaviour = 'recorded'"
             )
         place = np.searchsorted(known, versions)
-        return ((int(known[i]), (place == i) & (versions >= 0)) for i in np.unique(place[versions >= 0]))
+        return {int(known[i]): (place == i) & (versions >= 0) for i in np.unique(place[versions >= 0])}
 
     @contextmanager
     def under(self, version: int) -> Iterator[None]:
@@ -71,16 +72,23 @@ class History:
     @torch.no_grad()
     def _put(self, version: int) -> None:
         for p, kept in zip(self.parameters, self.held[version], strict=True):
-            p.copy_(kept)
+            local(p).copy_(kept)
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors by name."""
-        return {f"{HISTORY}.{v}.{i}": x for v, held in self.held.items() for i, x in enumerate(held)}
+        """Whole tensors by name."""
+        return {
+            f"{HISTORY}.{version}.{i}": assembled(kept, p)
+            for version, held in self.held.items()
+            for i, (kept, p) in enumerate(zip(held, self.parameters, strict=True))
+        }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `state`; other tensors are left alone."""
         names = [name.split(".") for name in tensors if name.startswith(f"{HISTORY}.")]
         self.held = {
-            version: [tensors[f"{HISTORY}.{version}.{i}"].clone() for i in range(len(self.parameters))]
+            version: [
+                local(parted(tensors[f"{HISTORY}.{version}.{i}"], p)).to("cpu", copy=True)
+                for i, p in enumerate(self.parameters)
+            ]
             for version in sorted({int(version) for _, version, _ in names})
         }

@@ -29,12 +29,13 @@ from agentgym.seeding import rng
 from agentgym.types import Batch, Trajectory, Turns, WeightsVersion
 from agentgym_trainers import ranks
 from agentgym_trainers.controllers import begun, controlled, numbers, with_numbers
-from agentgym_trainers.forward import LEAVES, Blank, Forward, Micro, joined, trained
+from agentgym_trainers.forward import IDLE, LEAVES, Blank, Forward, Micro, joined, trained
 from agentgym_trainers.history import HISTORY, History
 from agentgym_trainers.objective.aggregations import count_parts
 from agentgym_trainers.objective.compute import loss, summarise
 from agentgym_trainers.objective.declare import IMITATION, Objective, Struct
 from agentgym_trainers.objective.tokens import Tokens, Totals
+from agentgym_trainers.sharding import parted, shard, sharded, whole
 
 Advantages = Sequence[NDArray[np.float64]]
 Sums = list[dict[str, float]]
@@ -48,6 +49,7 @@ class Optim(Struct, frozen=True, kw_only=True):
     decay         share of the steps, at the end, in which it falls linearly to `floor` x lr
     epochs, minibatches    optimiser steps per update = epochs x minibatches
     micro_tokens  tokens in one forward pass: memory, never the result
+    sharded       FSDP2: weights, gradients and optimiser states in shards over the ranks of the run
     only          a regular expression: parameters whose names it finds move, the others stay ("" = all move)
     """
 
@@ -61,6 +63,7 @@ class Optim(Struct, frozen=True, kw_only=True):
     epochs: int = 1
     minibatches: int = 1
     micro_tokens: int = 8192
+    sharded: bool = False
     only: str = ""
 
     def __post_init__(self) -> None:
@@ -139,6 +142,8 @@ class Learner:
     ) -> None:
         self.trainable, self.objective, self.optim = trainable, begun(objective), optim
         self.total_steps, self.seed = total_steps, seed
+        if optim.sharded:
+            shard(trainable.module())
         self.parameters = _moving(trainable.module(), optim.only)
         self.history = None if remember is None else History(self.parameters, remember)
         self.forward = Forward(
@@ -171,8 +176,9 @@ class Learner:
         """Every optimiser step that one rollout pays for; the mean of their figures.
 
         `rewards` are the composed ones, for objectives that read them; `version` is the number of the weights as they
-        are, None where they sampled all of it themselves. Raises `RecordError` for an advantage that is not finite and
-        for a token of a version that cannot be, before any weight moves.
+        are, None where they sampled all of it themselves. Every rank is given the same, and takes its share. Raises
+        `RecordError` for an advantage that is not finite and for a token of a version that cannot be, before any weight
+        moves.
         """
         _refuse_strange(trajectories, advantages)
         if self.history is not None and version is not None:
@@ -186,7 +192,8 @@ class Learner:
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One optimiser step over these micro-batches; the result does not depend on how they are cut. Nothing moves,
         and there are no figures, where no token is trained on."""
-        return self._step([self.forward.prepare(batch, self.steps) for batch in batches])
+        mine = [batches[i] for i in ranks.share([len(batch.ids) for batch in batches])]
+        return self._step([self.forward.prepare(batch, self.steps) for batch in even(self.trainable, mine)])
 
     def _cut(self, trajectories: Sequence[Trajectory]) -> Iterator[list[int]]:
         """Which trajectories go together: a keyed random order, in `minibatches` parts; whole groups where the
@@ -207,6 +214,7 @@ class Learner:
         rewards: Sequence[float] | None,
         version: int | None,
     ) -> list[Micro]:
+        part = [part[i] for i in ranks.share([tokens_of(trajectories[i]) for i in part])]
         batches = self.trainable.collate(
             [trajectories[i] for i in part],
             [advantages[i] for i in part],
@@ -214,10 +222,9 @@ class Learner:
             behaviour=self.objective.needs_sampler,
             rewards=None if rewards is None else [rewards[i] for i in part],
         )
-        return [self.forward.prepare(batch, self.steps, version) for batch in batches]
+        return [self.forward.prepare(batch, self.steps, version) for batch in even(self.trainable, batches)]
 
     def _step(self, parts: Sequence[Micro]) -> dict[str, float]:
-        parts = [part for part in parts if len(part.fixed.logp)]
         total = self._totals(parts)
         if not total.tokens:
             return {}
@@ -233,6 +240,7 @@ class Learner:
 
     def _totals(self, parts: Sequence[Micro]) -> Totals:
         found: Counter[str] = Counter()
+        parts = [part for part in parts if not part.idle]
         for t in (part.fixed for part in parts):
             found.update(count_parts(self.objective.aggregation, t.turn, t.segment, t.sequence, t.labels))
         held = ranks.gather((sum(len(p.fixed.logp) for p in parts), sum(p.fixed.sequences for p in parts), found))
@@ -243,8 +251,12 @@ class Learner:
         """Micro-batch by micro-batch: loss and sums of all ranks; the gradients are this rank's."""
         value, sums = 0.0, []
         for part in parts:
-            found, part_sums = loss(self.objective, self._tokens(part), total)
-            found.backward(inputs=self.parameters)
+            tokens = self._tokens(part)
+            if part.idle:
+                self._backward(tokens)
+                continue
+            found, part_sums = loss(self.objective, tokens, total)
+            torch.autograd.backward(found, inputs=self._inputs)
             value += float(found.detach())
             sums.append(part_sums)
         everyone = ranks.gather((value, sums))
@@ -255,9 +267,12 @@ class Learner:
         found, sums, derivatives = self._derivatives(parts, total)
         for part in parts:
             tokens = self._tokens(part)
+            if part.idle:
+                self._backward(tokens)
+                continue
             size = len(tokens.logp)
             leaves = [getattr(tokens, name) for name in derivatives]
-            torch.autograd.backward(leaves, [d[:size] for d in derivatives.values()], inputs=self.parameters)
+            torch.autograd.backward(leaves, [d[:size] for d in derivatives.values()], inputs=self._inputs)
             derivatives = {name: d[size:] for name, d in derivatives.items()}
         return found, sums
 
@@ -270,15 +285,26 @@ class Learner:
     def _derivatives(self, parts: Sequence[Micro], total: Totals) -> tuple[float, Sums, dict[str, Tensor]]:
         """The loss of the step over all ranks, its sums, and its derivative by each leaf of this rank's tokens."""
         with torch.no_grad():
-            seen = ranks.gather([_to(self._tokens(part), "cpu") for part in parts])
+            mine = [(self._tokens(part), part.idle) for part in parts]
+            seen = ranks.gather([_to(tokens, "cpu") for tokens, idle in mine if not idle])
         device = self.parameters[0].device
         whole = _to(joined([tokens for held in seen for tokens in held]), device)
         leaves = {name: x.requires_grad_() for name in LEAVES if (x := getattr(whole, name)) is not None}
         found, sums = loss(self.objective, whole, total)
         slopes = torch.autograd.grad(found, list(leaves.values()), allow_unused=True)
         start = sum(len(tokens.logp) for held in seen[: ranks.rank()] for tokens in held)
-        mine = {name: d[start:] for name, d in zip(leaves, slopes, strict=True) if d is not None}
-        return float(found.detach()), [sums], mine
+        share = {name: d[start:] for name, d in zip(leaves, slopes, strict=True) if d is not None}
+        return float(found.detach()), [sums], share
+
+    @property
+    def _inputs(self) -> list[nn.Parameter] | None:
+        """Whose gradients a backward pass leaves; None = everybody's: shards are no leaves of its graph."""
+        return None if self.optim.sharded else self.parameters
+
+    def _backward(self, tokens: Tokens) -> None:
+        """The backward pass of an idle micro-batch: nothing, through everything."""
+        leaves = [x for name in LEAVES if (x := getattr(tokens, name)) is not None and x.requires_grad]
+        torch.autograd.backward(leaves, [torch.zeros_like(x) for x in leaves], inputs=self._inputs)
 
     @torch.no_grad()
     def log_ratios(self, trajectories: Sequence[Trajectory], other: nn.Module) -> list[NDArray[np.float64]]:
@@ -286,22 +312,28 @@ class Learner:
         nothing = [np.zeros(len(t.turns)) for t in trajectories]
         starts = np.cumsum([0, *map(len, nothing)]).tolist()
         found = np.zeros(starts[-1])
-        for batch in self.trainable.collate(trajectories, nothing, max_tokens=self.optim.micro_tokens, behaviour=False):
+        mine = np.asarray(ranks.share(list(map(tokens_of, trajectories))), int)
+        parts = [trajectories[i] for i in mine], [nothing[i] for i in mine]
+        batches = self.trainable.collate(*parts, max_tokens=self.optim.micro_tokens, behaviour=False)
+        for batch in even(self.trainable, batches):
             gap = self.forward.logprobs(self.trainable.module(), batch) - self.forward.logprobs(other, batch)
-            owners = np.repeat(batch.owners, np.diff(batch.bounds))
-            at = trained(batch)
-            np.add.at(found, np.asarray(starts)[owners[at]] + batch.turns[at], gap.double().cpu().numpy())
+            if batch is not IDLE:
+                at = trained(batch)
+                owners = mine[np.repeat(batch.owners, np.diff(batch.bounds))[at]]
+                np.add.at(found, np.asarray(starts)[owners] + batch.turns[at], gap.double().cpu().numpy())
+        found = np.sum(ranks.gather(found), 0)
         return [found[a:b] for a, b in pairwise(starts)]
 
     def clear(self) -> None:
         """Forget the accumulated gradient."""
-        for p in self.parameters:
+        for p in self.trainable.module().parameters():
             p.grad = None
 
     def move(self) -> float:
         """Sum the accumulated gradient over the ranks, clip, check and apply it; its norm before clipping."""
-        ranks.sum_gradients(self.parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.clip or math.inf))
+        if not self.optim.sharded:
+            ranks.sum_gradients(self.parameters)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.clip or math.inf)))
         self._require_finite("gradient", norm)
         for group in self.optimiser.param_groups:
             group["lr"] = self.optim.rate(self.steps, self.total_steps)
@@ -325,14 +357,15 @@ class Learner:
     # --- state ---
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values: all that an interrupted run needs besides the weights."""
+        """Tensors and plain values: all that an interrupted run needs besides the weights. Whole ones: with shards all
+        ranks call it, and a run may be resumed by another number of them."""
         tensors = {
-            f"{index}.{name}": value
+            f"{index}.{name}": whole(value)
             for index, held in self.optimiser.state_dict()["state"].items()
             for name, value in held.items()
         }
         pairs = zip(self.parameters, self.masters, strict=True)
-        masters = {f"{i}.{MASTER}": m.detach() for i, (p, m) in enumerate(pairs) if p is not m}
+        masters = {f"{i}.{MASTER}": whole(m.detach()) for i, (p, m) in enumerate(pairs) if p is not m}
         before = {} if self.history is None else self.history.state()
         plain = {"steps": self.steps, "updates": self.updates, "numbers": numbers(self.objective)}
         return tensors | masters | before, plain
@@ -347,9 +380,9 @@ class Learner:
             if index == HISTORY:
                 continue
             if name == MASTER:
-                self.masters[int(index)].data.copy_(value)
+                self.masters[int(index)].data.copy_(parted(value, self.masters[int(index)]))
             else:
-                held.setdefault(int(index), {})[name] = value
+                held.setdefault(int(index), {})[name] = parted(value, self.masters[int(index)])
         state = self.optimiser.state_dict()
         self.optimiser.load_state_dict({"state": held, "param_groups": state["param_groups"]})
         self.steps, self.updates = int(plain["steps"]), int(plain["updates"])
@@ -357,9 +390,12 @@ class Learner:
 
 
 class Family:
-    """Base of learners whose loss is of another family: optimiser, masters, ranks and state are those of `learner`."""
+    """Base of learners whose loss is of another family: optimiser, masters, ranks and state are those of `learner`.
+    `ConfigError` for shards."""
 
     def __init__(self, trainable: Trainable, optim: Optim, *, total_steps: int, seed: int, temperature: float) -> None:
+        if optim.sharded:
+            raise ConfigError("optim.sharded = true is for objectives; pairs and candidates learn with whole weights")
         self.learner = Learner(trainable, IMITATION, optim, total_steps=total_steps, seed=seed, temperature=temperature)
 
     @property
@@ -393,10 +429,22 @@ def _master(parameter: nn.Parameter) -> Tensor:
     return parameter.detach().float().clone().requires_grad_()
 
 
+def even(trainable: Trainable, batches: Sequence[Batch]) -> list[Batch]:
+    """Those with something to train on; where the model lies in shards, as many on each rank."""
+    found = [batch for batch in batches if batch.mask.any()]
+    if not sharded(trainable.module()):
+        return found
+    return found + [IDLE] * (max(ranks.gather(len(found))) - len(found))
+
+
+def tokens_of(trajectory: Trajectory) -> int:
+    """How many tokens its turns added: what a rank's share is measured by."""
+    return sum(len(span.prompt) + len(span.ids) + len(span.suffix) for _, span in trajectory.spans)
+
+
 def _refuse_strange(trajectories: Sequence[Trajectory], advantages: Advantages) -> None:
-    """`RecordError`, on every rank, where an advantage is not finite."""
+    """`RecordError` where an advantage is not finite."""
     strange = [t.episode.id for t, a in zip(trajectories, advantages, strict=True) if not np.isfinite(a).all()]
-    strange = [name for held in ranks.gather(strange[:1]) for name in held]
     if strange:
         raise RecordError(
             f"the advantages of episode {strange[0]} are not finite; nothing was learnt from this update. Look for "

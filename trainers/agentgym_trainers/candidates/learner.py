@@ -31,7 +31,7 @@ from agentgym_trainers import ranks
 from agentgym_trainers.candidates.declare import InTRO
 from agentgym_trainers.context import with_context, without_context
 from agentgym_trainers.forward import trained
-from agentgym_trainers.learner import Family, Optim, Trainable, mean_figures
+from agentgym_trainers.learner import Family, Optim, Trainable, mean_figures, tokens_of
 from agentgym_trainers.preference.pairs import sampled
 
 Answer = Callable[[Trajectory], Sequence[int]]
@@ -99,7 +99,8 @@ class CandidateLearner(Family):
         super().__init__(trainable, optim, total_steps=total_steps, seed=seed, temperature=temperature)
 
     def update(self, samples: Sequence[tuple[Trajectory, Composed | None]]) -> dict[str, float]:
-        """Every optimiser step that the correct ones of these samples pay for; the mean of their figures.
+        """Every optimiser step that the correct ones of these samples pay for; the mean of their figures. Every rank is
+        given the same samples, and takes its share.
 
         objective   J, mean over rollouts
         weight      mean weight of a candidate, weight_max the largest, capped the share at the cap
@@ -121,13 +122,13 @@ class CandidateLearner(Family):
     # --- one step ---
 
     def _step(self, rollouts: Sequence[Trajectory]) -> dict[str, float]:
-        """One optimiser step; how it is cut into micro-batches changes nothing."""
-        held = ranks.gather((len(rollouts), sum(map(sampled, rollouts))))
-        count, tokens = (sum(x) for x in zip(*held, strict=True))
+        """One optimiser step; how it is cut into micro-batches and over ranks changes nothing."""
+        count, tokens = len(rollouts), sum(map(sampled, rollouts))
         if not count:
             return {}
         self.learner.clear()
-        sums = ranks.gather([self._backward(micro, count) for micro in self._micros(rollouts)])
+        mine = [rollouts[i] for i in ranks.share(list(map(tokens_of, rollouts)))]
+        sums = ranks.gather([self._backward(micro, count) for micro in self._micros(mine)])
         figures = _figures([part for mine in sums for part in mine], count, tokens, self.declared.candidates)
         return {**figures, "grad_norm": self.learner.move()}
 

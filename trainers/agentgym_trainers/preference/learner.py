@@ -24,7 +24,7 @@ from agentgym.types import Batch, Trajectory
 from agentgym_trainers import ranks
 from agentgym_trainers.context import with_context
 from agentgym_trainers.forward import trained
-from agentgym_trainers.learner import Family, Optim, Trainable, mean_figures
+from agentgym_trainers.learner import Family, Optim, Trainable, mean_figures, tokens_of
 from agentgym_trainers.objective.regularisers import KLS
 from agentgym_trainers.objective.tokens import pool
 from agentgym_trainers.preference.declare import Preference
@@ -77,7 +77,8 @@ class PairLearner(Family):
         super().__init__(trainable, optim, total_steps=total_steps, seed=seed, temperature=temperature)
 
     def update(self, pairs: Sequence[Pair]) -> dict[str, float]:
-        """Every optimiser step that these pairs pay for, epochs x minibatches; the mean of their figures.
+        """Every optimiser step that these pairs pay for, epochs x minibatches; the mean of their figures. Every rank is
+        given the same pairs, and takes its share.
 
         margin, accuracy   mean of log-ratio(chosen) - log-ratio(rejected) in nats; share of pairs where it is positive
         chosen, rejected   mean log-ratio to the reference, or to the previous policy where there is none
@@ -87,12 +88,16 @@ class PairLearner(Family):
         order = list(range(len(pairs)))
         rng(learner.seed, "pairs", learner.updates).shuffle(order)
         parts = np.array_split(np.asarray(order, int), learner.optim.minibatches)
-        steps = [self._prepare([pairs[i] for i in part]) for part in parts]
+        steps = [self._prepare(self._share([pairs[i] for i in part])) for part in parts]
         figures = [self._step(step) for _ in range(learner.optim.epochs) for step in steps]
         learner.updates += 1
         return mean_figures([found for found in figures if found])
 
     # --- what stays fixed ---
+
+    @staticmethod
+    def _share(pairs: Sequence[Pair]) -> list[Pair]:
+        return [pairs[i] for i in ranks.share([tokens_of(p.chosen) + tokens_of(p.rejected) for p in pairs])]
 
     @torch.no_grad()
     def _prepare(self, pairs: Sequence[Pair]) -> _Step:
