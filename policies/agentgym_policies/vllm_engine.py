@@ -10,6 +10,7 @@ Needs vLLM (the extra `vllm`). Its workers are spawned: a script that makes an e
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ STOPPING = 30.0
 class VllmEngine(Vllm):
     """vLLM on a local folder in hub format; see `Vllm` for what it records.
 
-    `cache_gib` is the memory for keys and values on each device. `threads` and `cores` are for the CPU build: threads
+    `dtype` "auto" is the checkpoint's own. `cache_gib` is the memory for keys and values on each device. `threads` and `cores` are for the CPU build: threads
     without a place of their own, or one thread on each of these cores. `arguments` are fields of vLLM's
     `AsyncEngineArgs` (tensor_parallel_size, enforce_eager, enable_sleep_mode, ...) and go before ours.
     """
@@ -56,7 +57,7 @@ class VllmEngine(Vllm):
         self._names = count()
         self._arguments = {
             "model": str(path),
-            "dtype": dtype,
+            "dtype": _dtype(self.path) if dtype == "auto" else dtype,
             "max_model_len": max_length,
             "max_num_seqs": slots,
             "kv_cache_memory_bytes": int(cache_gib * 2**30),
@@ -155,6 +156,12 @@ def _completion(found: Any) -> Completion:
 def _other(entry: dict[int, Any], token: int) -> Any:
     """The entry that does not belong to the sampled token: its raw log-prob (`vllm_worker.BothLogprobs`)."""
     return next(value for other, value in entry.items() if other != token)
+
+
+def _dtype(folder: Path) -> str:
+    """The checkpoint's number format, which vLLM by itself would halve where it is float32."""
+    config = json.loads((folder / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def _launch(arguments: dict[str, Any]) -> Any:
