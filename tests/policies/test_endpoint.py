@@ -7,13 +7,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from typing import Any
 
 import pytest
 from aiohttp import web
+from chat_server import ASK, EPISODE, TOOLS, calling, completion, half, hang, once, opened, serving, talking, trouble
 
 import agentgym
 from agentgym import registry
@@ -22,17 +22,13 @@ from agentgym.errors import ConfigError, EngineFault, MissingExtra, ModelError
 from agentgym.rollout import Runner, episodes
 from agentgym.testing import check_policy
 from agentgym.testing.fakes import CountingEnv
-from agentgym.types import AGENT, Action, Array, Episode, Message, Observation, Sampling, Task, ToolCall, say
-from agentgym_policies.endpoint import ChatSession, Endpoint
+from agentgym.types import AGENT, Action, Array, Message, Observation, Sampling, ToolCall, say
+from agentgym_policies.endpoint import Endpoint
 from agentgym_policies.endpoint import client as module
 from agentgym_policies.endpoint.client import base_of, pause
 from agentgym_policies.endpoint.limits import retry_after
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(60)]
-
-EPISODE = Episode(task=Task(env="test"), seed=5)
-TOOLS = ({"type": "function", "function": {"name": "find", "description": "Find.", "parameters": {"type": "object"}}},)
-ASK = Observation(messages=(Message(role="user", content="Find it."),), tools=TOOLS)
 
 
 @pytest.fixture(autouse=True)
@@ -40,91 +36,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BACKOFF", 0.02)
     for name in module.KEYS:
         monkeypatch.delenv(name, raising=False)
-
-
-class Server:
-    """What a server was asked. `answer(body, number)` gives the number-th answer: a message, a response, or text."""
-
-    def __init__(self, answer: Callable[[dict[str, Any], int], Any]) -> None:
-        self.answer = answer
-        self.asked: list[dict[str, Any]] = []
-        self.paths: list[str] = []
-        self.headers: list[Any] = []
-        self.busy = self.peak = 0
-        self.arrived = asyncio.Event()
-        self.url = ""
-        self.endpoint: Endpoint
-
-    def session(self) -> ChatSession:
-        return self.endpoint.session(EPISODE, AGENT)
-
-    async def serve(self, request: web.Request) -> web.StreamResponse:
-        self.paths.append(f"{request.method} {request.path}")
-        self.headers.append(request.headers)
-        body = await request.json() if request.method == "POST" else {}
-        self.asked.append(body)
-        self.arrived.set()
-        self.busy += 1
-        self.peak = max(self.peak, self.busy)
-        try:
-            found = self.answer(body, len(self.asked))
-            found = await found(request) if callable(found) else found
-        finally:
-            self.busy -= 1
-        return found if isinstance(found, web.StreamResponse) else web.json_response(completion(found))
-
-
-def completion(message: Any) -> dict[str, Any]:
-    message = {"content": message} if isinstance(message, str) else message
-    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}
-    return {"id": "x", "object": "chat.completion", "model": "m", "choices": [choice], "usage": {"total_tokens": 3}}
-
-
-def trouble(status: int, message: str = "so it is", **headers: str) -> web.Response:
-    return web.json_response({"error": {"message": message}}, status=status, headers=headers)
-
-
-def calling(*calls: tuple[str, str, str], content: str | None = None) -> dict[str, Any]:
-    """A message with tool calls of (id, name, arguments)."""
-    asked = [{"id": i, "type": "function", "function": {"name": n, "arguments": a}} for i, n, a in calls]
-    return {"content": content, "tool_calls": asked}
-
-
-@asynccontextmanager
-async def serving(answer: Callable[[dict[str, Any], int], Any]) -> AsyncIterator[Server]:
-    server = Server(answer)
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", server.serve)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    try:
-        yield server
-    finally:
-        await runner.cleanup()
-
-
-@asynccontextmanager
-async def talking(answer: Callable[..., Any], **options: Any) -> AsyncIterator[Server]:
-    """A server with an open `endpoint`."""
-    async with serving(answer) as server, opened(server.url, **options) as server.endpoint:
-        yield server
-
-
-@asynccontextmanager
-async def opened(url: str, **options: Any) -> AsyncIterator[Endpoint]:
-    endpoint = Endpoint(url, **{"model": "m", **options})
-    try:
-        yield endpoint
-    finally:
-        assert endpoint.free_slots == endpoint.client.concurrency
-        await endpoint.aclose()
-
-
-async def once(endpoint: Endpoint, observation: Observation = ASK, episode: Episode = EPISODE) -> Action:
-    async with endpoint.session(episode, AGENT) as session:
-        return await session.act(observation)
 
 
 # --- the protocol -----------------------------------------------------------------------------------------------
@@ -411,16 +322,6 @@ async def test_an_answer_that_is_none_is_asked_for_again_and_then_a_fault(body: 
     assert len(str(caught.value)) < 1000
 
 
-async def half(request: web.Request) -> web.StreamResponse:
-    whole = json.dumps(completion("never read to the end")).encode()
-    response = web.StreamResponse(headers={"Content-Length": str(len(whole))})
-    await response.prepare(request)
-    await response.write(whole[: len(whole) // 2])
-    assert request.transport is not None
-    request.transport.close()
-    return response
-
-
 async def test_half_a_body_is_a_lost_connection() -> None:
     async with talking(lambda body, n: half if n < 2 else "ok") as server:
         assert (await once(server.endpoint)).text == "ok"
@@ -434,11 +335,6 @@ async def test_nobody_there_is_a_fault() -> None:
     async with opened("http://127.0.0.1:1/v1", retries=1) as endpoint:
         with pytest.raises(EngineFault, match=r"127\.0\.0\.1:1/v1.*Connect.*\(tries: 2\)"):
             await once(endpoint)
-
-
-async def hang(request: web.Request) -> web.StreamResponse:
-    await asyncio.sleep(30)
-    return web.Response()
 
 
 async def test_a_hang_ends_at_the_deadline() -> None:
