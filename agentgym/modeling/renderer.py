@@ -18,15 +18,17 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
 from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
 from agentgym.errors import ModelError
 from agentgym.modeling.templates import CHATML
-from agentgym.types import Action, Image, Message, Text, ToolCall
+from agentgym.types import Action, Image, Message, Segment, Text, ToolCall
 
 History = Literal["append", "branch", "refuse"]
 Tools = Sequence[dict[str, Any]]
@@ -34,6 +36,8 @@ Tools = Sequence[dict[str, Any]]
 _STAND_IN = "stand-in-reply"
 _THOUGHT = "<think>\nprobing thought\n</think>\n\nprobing answer"
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_PARTS = {"think": ("<think>", "</think>"), "tool": ("<tool_call>", "</tool_call>")}
+_MARK = re.compile("|".join(mark for marks in _PARTS.values() for mark in marks))
 
 
 class Prompt(NamedTuple):
@@ -61,6 +65,29 @@ def parse(text: str) -> tuple[str, tuple[ToolCall, ...]]:
 
     content = _CALL.sub(take, text)
     return (content.strip() if calls else text), tuple(calls)
+
+
+class Mark(NamedTuple):
+    """The tokens [start, stop) that hold a mark."""
+
+    text: str
+    start: int
+    stop: int
+
+
+def _between(marks: Sequence[Mark], label: str, total: int) -> Iterator[slice]:
+    """The tokens of each part of this label, marks included. Thinking may have been begun by the prompt."""
+    begin, end = _PARTS[label]
+    mine = [m for m in marks if m.text in (begin, end)]
+    opened = 0 if label == "think" and mine and mine[0].text == end else None
+    for mark in mine:
+        if mark.text == begin and opened is None:
+            opened = mark.start
+        elif mark.text == end and opened is not None:
+            yield slice(opened, mark.stop)
+            opened = None
+    if opened is not None:
+        yield slice(opened, total)
 
 
 def _read_call(text: str, id: str) -> ToolCall | None:
@@ -179,6 +206,41 @@ class Renderer:
         """Text and tool calls of a sampled reply; its end mark is not part of the text."""
         ended = bool(ids) and ids[-1] in self.end_ids
         return parse(self.decode(ids[:-1] if ended else ids))
+
+    def segments_of(self, ids: Sequence[int]) -> tuple[Segment, ...]:
+        """A sampled reply in parts, marks included: "think", "tool" (a call), and "answer" for all else.
+
+        A part that is not closed reaches to the end. Nothing is looked up for marks that are tokens of their own.
+        """
+        labels, marks = ["answer"] * len(ids), self._marks(ids)
+        for label in _PARTS if marks else ():
+            for part in _between(marks, label, len(ids)):
+                labels[part] = [label] * (part.stop - part.start)
+        runs = [(label, len(list(run))) for label, run in groupby(labels)]
+        stops = accumulate(length for _, length in runs)
+        return tuple(
+            Segment(label=label, start=stop - length, stop=stop)
+            for (label, length), stop in zip(runs, stops, strict=True)
+        )
+
+    def _marks(self, ids: Sequence[int]) -> list[Mark]:
+        """Where marks lie, first to last."""
+        if self._mark_ids is not None:
+            return [Mark(self._mark_ids[i], n, n + 1) for n, i in enumerate(ids) if i in self._mark_ids]
+        if not _MARK.search(self.decode(ids)):
+            return []
+        pieces = [self.decode([i]) for i in ids]
+        ends = list(accumulate(map(len, pieces)))
+        found = _MARK.finditer("".join(pieces))
+        return [Mark(m[0], bisect_right(ends, m.start()), bisect_right(ends, m.end() - 1) + 1) for m in found]
+
+    @cached_property
+    def _mark_ids(self) -> dict[int, str] | None:
+        """Marks by id; None where one of them is not a single token."""
+        found = {mark: self.encode(mark) for marks in _PARTS.values() for mark in marks}
+        known = set(self.tokenizer.get_added_vocab().values())
+        whole = all(len(ids) == 1 and ids[0] in known for ids in found.values())
+        return {ids[0]: mark for mark, ids in found.items()} if whole else None
 
     def ids_of(self, action: Action) -> list[int]:
         """Ids of an action as the template writes it, end mark included: what a model would have to sample."""

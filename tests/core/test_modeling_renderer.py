@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from agentgym.errors import ModelError
 from agentgym.modeling.renderer import Renderer, as_dict, parse
 from agentgym.modeling.tokenizer import closed_vocabulary, train_bpe
-from agentgym.types import Image, MediaRef, Message, Text, ToolCall
+from agentgym.types import Image, MediaRef, Message, Segment, Text, ToolCall
 
 QWEN3_LIKE = r"""
 {%- if tools %}{{- '<|im_start|>system\nTools: ' }}{{- tools | tojson }}{{- '<|im_end|>\n' }}{%- endif %}
@@ -197,3 +200,61 @@ def test_tool_calls_are_read_and_written() -> None:
 )
 def test_malformed_calls_stay_text(text: str) -> None:
     assert parse(text) == (text, ())
+
+
+PARTS = [
+    ("two words", ["answer"]),
+    ("<think> deep </think> the hat", ["think", "answer"]),
+    ("<think> deep", ["think"]),
+    ("deep </think> <tool_call> find </tool_call>", ["think", "tool"]),
+    ("I look <tool_call> find </tool_call> and <tool_call> find", ["answer", "tool", "answer", "tool"]),
+    ("a </tool_call> stray <tool_call> find </tool_call> </think>", ["think", "tool", "think"]),
+    ("a </tool_call> stray", ["answer"]),
+    ("<think> a <tool_call> find </tool_call> b </think> c", ["think", "tool", "think", "answer"]),
+    ("", []),
+]
+
+
+def plain_marks(texts: list[str]) -> Any:
+    """A byte-level tokenizer to which the marks are text like any other."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], initial_alphabet=alphabet),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+
+
+@pytest.mark.parametrize("kind", ["closed", "bpe", "plain"])
+@pytest.mark.parametrize(("text", "labels"), PARTS)
+def test_a_reply_falls_into_thought_calls_and_answer(bpe: Any, kind: str, text: str, labels: list[str]) -> None:
+    words = ["two", "words", "deep", "the", "hat", "find", "I", "look", "and", "a", "b", "c", "stray"]
+    tokenizer = {"closed": lambda: closed_vocabulary(words), "bpe": lambda: bpe, "plain": lambda: plain_marks([text])}
+    renderer = Renderer(tokenizer[kind](), template="chatml")
+    ids = renderer.encode(text)
+    parts = renderer.segments_of(ids)
+    assert [p.stop for p in parts[:-1]] == [p.start for p in parts[1:]]
+    assert (parts[0].start, parts[-1].stop) == (0, len(ids)) if ids else not parts
+    solid = [p.label for p in parts if renderer.decode(ids[p.start : p.stop]).strip()]
+    assert [label for label, _ in groupby(solid)] == labels
+
+
+def test_parts_hold_their_marks_and_an_end_mark_belongs_to_the_answer() -> None:
+    renderer = Renderer(closed_vocabulary(["deep", "hat"]))
+    ids = [*renderer.encode("<think> deep </think> hat"), renderer.end_id]
+    assert renderer.segments_of(ids) == (
+        Segment(label="think", start=0, stop=3),
+        Segment(label="answer", start=3, stop=5),
+    )
+
+
+def test_marks_that_are_text_take_the_tokens_that_touch_them() -> None:
+    renderer = Renderer(plain_marks(["x<think>y</think>z"] * 3), template="chatml")
+    ids = renderer.encode("é x<think>y</think>z é")
+    assert renderer._mark_ids is None
+    (before, thought, after) = renderer.segments_of(ids)
+    assert [p.label for p in (before, thought, after)] == ["answer", "think", "answer"]
+    said = renderer.decode(ids[thought.start : thought.stop])
+    assert said.strip("xz") == "<think>y</think>"
