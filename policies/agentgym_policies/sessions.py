@@ -198,6 +198,7 @@ class TokenSession(ABC, Generic[E]):
             logprobs=Floats(reply.logprobs),
             sampled_logprobs=Floats() if plain(call.sampling) and not call.begin else Floats(reply.processed),
             versions=tuple(reply.versions),
+            segments=self.engine.renderer.segments_of(reply.ids),
             sampling=call.sampling,
             finish=reply.finish,
             branch=prompt.branch,

@@ -31,6 +31,7 @@ from agentgym.types import (
     Action,
     Array,
     Episode,
+    Guidance,
     Observation,
     Sampling,
     Task,
@@ -393,3 +394,14 @@ def test_it_passes_the_suite_of_policies() -> None:
     )
     report.raise_for_failures()
     assert [check.name for check in report.checks if check.status != "passed"] == ["closes"]  # it has close() only
+
+
+async def test_spans_say_which_tokens_are_thought_call_and_answer() -> None:
+    thought = " <think> w1 </think>"
+    async with engine().session(Episode(task=TASK, guidance=Guidance(begin=thought)), "agent") as session:
+        span = (await session.act(words(0, 0))).span
+    assert span is not None
+    think, *_, last = span.segments
+    assert (think.label, think.start, think.stop) == ("think", 0, 3)
+    assert (last.label, last.stop) == ("answer", len(span.ids))
+    assert span.segments == RENDERER.segments_of(list(span.ids))
