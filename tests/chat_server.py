@@ -69,9 +69,9 @@ def calling(*calls: tuple[str, str, str], content: str | None = None) -> dict[st
 @asynccontextmanager
 async def serving(answer: Callable[[dict[str, Any], int], Any]) -> AsyncIterator[Server]:
     server = Server(answer)
-    app = web.Application()
+    app = web.Application(client_max_size=2**23)
     app.router.add_route("*", "/{path:.*}", server.serve)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
