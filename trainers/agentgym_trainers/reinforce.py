@@ -112,7 +112,10 @@ class Reinforcement:
         if objective.find(Distillation):
             found = config.model
             teacher = build.load(found.teacher, device=found.device, dtype=found.dtype).requires_grad_(False)
-        return Learner(self.model, objective, optim, **shared, teacher=teacher, blank=self.model.blank)
+        remember = config.rollout.max_staleness if config.rollout.behaviour == "recomputed" else None
+        return Learner(
+            self.model, objective, optim, **shared, teacher=teacher, blank=self.model.blank, remember=remember
+        )
 
     def _answer(self, trajectory: Trajectory) -> list[int]:
         """The ids of what the environment knows to be the answer, as plain text."""
@@ -125,7 +128,7 @@ class Reinforcement:
         groups = self._rewarded([group for unit in played for group in unit.groups])
         samples = self.buffer.take(groups, version)
         self.buffer.counts["aside"] += sum(len(unit.aside) for unit in played)
-        found = self._update(samples) if samples else {}
+        found = self._update(samples, version) if samples else {}
         everyone = [sample for group in groups for sample in group]
         return Learned({**found, **self._price(everyone)}, everyone)
 
@@ -142,7 +145,7 @@ class Reinforcement:
         extra = derived(sample.trajectory, gap.tolist())
         return sample._replace(reward=self.multipliers.composer.trajectory(sample.trajectory, extra=extra))
 
-    def _update(self, samples: Sequence[Sample]) -> Figures:
+    def _update(self, samples: Sequence[Sample], version: int) -> Figures:
         if isinstance(self.learner, PairLearner):
             found = build_pairs([(s.trajectory, s.reward) for s in samples if s.train], self.config.preference)
             self.buffer.counts.update(found.counts)
@@ -151,10 +154,12 @@ class Reinforcement:
             return self.learner.update([(s.trajectory, s.reward) for s in samples if s.train])
         if self.config.run.algorithm != "policy_gradient":
             best = best_of([s for s in samples if s.train])
-            return self.learner.update(best, sft.ones(best)) if best else {}
+            return self.learner.update(best, sft.ones(best), version=version) if best else {}
         credit, figures = self._credit(samples)
         kept = [(s.trajectory, a, s.value) for s, a in zip(samples, credit, strict=True) if s.train]
-        return {**self.learner.update(*map(list, zip(*kept, strict=True))), **figures} if kept else figures
+        if not kept:
+            return figures
+        return {**self.learner.update(*map(list, zip(*kept, strict=True)), version=version), **figures}
 
     def _credit(self, samples: Sequence[Sample]) -> tuple[Values, Figures]:
         """The advantages, by the critic's values where a term reads them; and the critic's figures, who learns too."""

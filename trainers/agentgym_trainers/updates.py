@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
+
 from agentgym.env import Environment
+from agentgym.errors import ModelError
 from agentgym.modeling.threads import pin
 from agentgym.types import WeightsVersion
 from agentgym_trainers import figures
@@ -67,7 +71,8 @@ class Updates:
         played = await self.line.take()
         require_outcomes(played)
         clock.lap("waiting")
-        learned = await self.off_loop(self.phase.learn, played, version)
+        with fitting(version + 1):
+            learned = await self.off_loop(self.phase.learn, played, version)
         clock.lap("learning")
         await self.rollouts.publish(WeightsVersion(number=version + 1))
         clock.lap("publishing")
@@ -106,6 +111,21 @@ class Updates:
             "units_running": float(self.line.running),
             "units_ready": float(len(self.line.played)),
         }
+
+
+@contextmanager
+def fitting(number: int) -> Iterator[None]:
+    """Turns an allocation that failed in a learner's step into one `ModelError` with the way out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not short:
+            raise
+        raise ModelError(
+            f"no memory for update {number}: {str(error).splitlines()[0]:.200}. The run stands at its last checkpoint "
+            "and journal; lower optim.micro_tokens in its config.toml (never the result, only memory), and resume it"
+        ) from error
 
 
 def _timeline(played: Sequence[Played], version: int, clock: Clock) -> dict[str, Any]:
