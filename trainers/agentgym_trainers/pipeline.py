@@ -104,9 +104,7 @@ class Pipeline:
 
     async def close(self) -> None:
         """Cancel what is under way and wait until it has cleaned up."""
-        self.counts["cancelled"] += len(self._running)
-        for task in self._running:
-            task.cancel()
+        self.counts["cancelled"] += sum(task.cancel() for task in self._running)
         await asyncio.gather(*self._running, return_exceptions=True)
 
     # --- play ---
