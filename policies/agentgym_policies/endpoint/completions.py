@@ -11,7 +11,7 @@ from agentgym.modeling.renderer import History, Prompt, Renderer
 from agentgym.types import Action, Episode, Sampling
 from agentgym_policies.endpoint.client import Client, Refused
 from agentgym_policies.endpoint.remote import Record, Remote, full
-from agentgym_policies.endpoint.spans import FINISH
+from agentgym_policies.endpoint.spans import FINISH, VERSIONS
 from agentgym_policies.endpoint.wire import Text, drawn
 from agentgym_policies.sampling import check
 from agentgym_policies.sessions import Call, Reply, TokenSession
@@ -78,7 +78,8 @@ class Completions(Remote):
             return Reply(ids=self.renderer.encode(choice.text), finish=finish), False
         if tokens.prompt and tokens.prompt != call.context:
             raise EngineFault(f"{self.client.address(PATH)} read other token ids than it was sent")
-        return Reply(ids=tokens.ids, logprobs=tokens.logprobs, processed=tokens.logprobs, finish=finish), True
+        said, versions = tokens.logprobs, list(VERSIONS)
+        return Reply(ids=tokens.ids, logprobs=said, processed=said, versions=versions, finish=finish), True
 
 
 class CompletionSession(TokenSession[Completions]):

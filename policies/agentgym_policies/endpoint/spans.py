@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from agentgym.types import Floats, Ids, Sampling, TokenSpan
+from agentgym.types import Floats, Ids, Sampling, TokenSpan, VersionRun
 from agentgym_policies.endpoint.wire import Tokens
 
 Finish = Literal["stop", "length", ""]
 FINISH: dict[str | None, Finish] = {"stop": "stop", "tool_calls": "stop", "function_call": "stop", "length": "length"}
 """What servers call the end of a reply, in our words."""
+
+
+VERSIONS = (VersionRun(start=0, version=0),)
+"""A server's weights are taken to be one version: who changes them under a client must not train on what it records."""
 
 
 class Branches:
@@ -31,6 +35,7 @@ class Branches:
             prompt=Ids(tokens.prompt[shared:]),
             ids=Ids(tokens.ids),
             logprobs=Floats(tokens.logprobs),
+            versions=VERSIONS,
             sampling=sampling,
             finish=FINISH.get(finish, ""),
             branch=self.branch,
