@@ -8,6 +8,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from transformers import Qwen3Config
 
 from agentgym import make
 from agentgym.env import task_list
@@ -32,8 +34,12 @@ def test_smoke_walks_from_the_tasks_to_moved_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_gpu_runs_a_hub_model_on_the_full_surface(tmp_path: Path) -> None:
-    """A random model of the same class, saved in hub format, in its bfloat16."""
+@pytest.mark.parametrize("name", ["gpu", "gpu-lora"])
+def test_gpu_presets_run_a_hub_model_on_the_full_surface(tmp_path: Path, name: str) -> None:
+    """A random model of the same class, saved in hub format, in its bfloat16: asynchronous, checkpointed, sampled from
+    weights of its own; with adapters and without."""
+    if name == "gpu-lora":
+        pytest.importorskip("peft", reason="needs the extra [lora]")
     env = make("shopping-v0", size=300)
     texts = [str(task.payload) for task in task_list(env, "train", 0, 20)]
     tokenizer = train_bpe(texts, 400)
@@ -43,11 +49,31 @@ def test_gpu_runs_a_hub_model_on_the_full_surface(tmp_path: Path) -> None:
         f"model.path={tmp_path / 'hub'}", "model.device=cpu", "env.size=300", "sampling.max_tokens=4",
         "rollout.slots=4", "rollout.limits.max_turns=2", "rollout.drop_equal=false", "eval.every=0", *SHORT,
     ]  # fmt: skip
-    summary = PolicyGradient.train(PolicyGradient.resolve("shopping/gpu", settings), tmp_path / "run")
+    config = PolicyGradient.resolve(f"shopping/{name}", settings)
+    assert config.model.checkpointing
+    assert config.rollout.max_staleness == 2
+    summary = PolicyGradient.train(config, tmp_path / "run")
     assert summary.last["tokens"] > 0
     assert summary.last["kl_reference"] == pytest.approx(0.0, abs=1e-2)
     assert summary.after["episodes"] == 4
-    assert (Path(load_run(tmp_path / "run").checkpoints[-1].path) / "model" / "model.safetensors").is_file()
+    folder = Path(load_run(tmp_path / "run").checkpoints[-1].path) / "model"
+    assert {x.dtype for _, x in build.load(folder).named_parameters()} == {torch.bfloat16}
+    assert (folder / build.ADAPTER).is_dir() == (name == "gpu-lora")
+
+
+SHAPE = {
+    **{"vocab_size": 151_936, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32},
+    **{"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 9728, "tie_word_embeddings": True},
+}
+"""Of a model of 4.0 B parameters."""
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("gpu", 141), ("gpu-lora", 80)])
+def test_gpu_presets_fit_the_device_that_they_name(tmp_path: Path, name: str, gigabytes: int) -> None:
+    Qwen3Config(architectures=["Qwen3ForCausalLM"], **SHAPE).save_pretrained(tmp_path)
+    plan = PolicyGradient.plan(PolicyGradient.resolve(f"shopping/{name}", [f"model.path={tmp_path}"]))
+    assert 4.0e9 < plan.parameters < 4.1e9
+    assert plan.memory_total < 0.95 * gigabytes * 1e9
 
 
 @pytest.fixture(scope="module")
