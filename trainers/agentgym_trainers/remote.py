@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import reduce
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +129,13 @@ class Remote:
 
     def _begin(self) -> None:
         if self._life:
-            self.counts["worker_restarts"] += 1
             self._barren += 1
-        if self._life and self._barren > RESTARTS:
-            raise EngineFault(
-                f"the rollouts' process died {self._barren} times in a row before it finished a unit, last by "
-                f"{self._life.ended}. Repair that and go on with: agentgym train --resume {self.folder}"
-            )
+            if self._barren > RESTARTS:
+                raise EngineFault(
+                    f"the rollouts' process died {self._barren} times in a row before it finished a unit, last by "
+                    f"{self._life.ended}. Repair that and go on with: agentgym train --resume {self.folder}"
+                )
+            self.counts["worker_restarts"] += 1
         self._life = Life(self.block.fd, self.config.rollout.cores, self._died)
 
     async def _set_up(self) -> None:
@@ -316,5 +316,4 @@ def _importable(target: Any) -> str:
     module, name = getattr(target, "__module__", ""), getattr(target, "__qualname__", "")
     if not (module and name) or module == "__main__" or "<" in name:
         return ""
-    found: Any = reduce(lambda at, part: getattr(at, part, None), name.split("."), importlib.import_module(module))
-    return f"{module}:{name}" if found is target else ""
+    return f"{module}:{name}" if attrgetter(name)(importlib.import_module(module)) is target else ""

@@ -15,12 +15,10 @@ import struct
 import traceback
 from typing import Any
 
-import msgspec
-
 from agentgym import errors
 from agentgym.errors import AgentGymError
 from agentgym.policy import Load
-from agentgym.types import decode, encode
+from agentgym.types import Record, decode, encode
 from agentgym_trainers.rollouts import Played, Unit
 from agentgym_trainers.shared import Place
 
@@ -29,7 +27,7 @@ _LIMIT = 2**22
 """Bytes read ahead of the frame that is waited for."""
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Message(Record, frozen=True, kw_only=True, tag=True):
     """Told apart by their names."""
 
 
@@ -130,7 +128,7 @@ class Channel:
 
     def send(self, message: ToWorker | FromWorker) -> None:
         """Raises where the message holds what no record may. To a side that is gone, it is a message lost."""
-        data = encode(message)  # type: ignore[type-var]
+        data = encode(message)
         self.writer.write(_HEAD.pack(len(data)))
         self.writer.write(data)
 

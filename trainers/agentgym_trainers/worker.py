@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,11 @@ class Worker:
 def register(lines: Iterable[dict[str, Any]]) -> None:
     """Know the names that the learner's process registered itself; importing their modules may do so already."""
     for line in lines:
-        importlib.import_module(line["target"].partition(":")[0])
+        try:
+            importlib.import_module(line["target"].partition(":")[0])
+        except ImportError as error:
+            warnings.warn(f"{line['id']!r} is left out: {error}", stacklevel=2)
+            continue
         if line["id"] not in registry.catalogue(line["kind"]):
             registry.register(**line)
 
