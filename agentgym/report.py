@@ -19,6 +19,7 @@ from agentgym.html import chip, page, safe, table, trajectory_body
 from agentgym.mixture import part_of
 from agentgym.shards import Entry
 from agentgym.store import Run, load_run, write_atomic
+from agentgym.timeline import timeline
 from agentgym.types import Trajectory
 
 EXAMPLES = 4
@@ -46,6 +47,7 @@ def run_html(run: Run) -> str:
         _head(run),
         _section("On held-out tasks", _results(run)),
         _section("Curves", _curves(run.metrics)),
+        _section("Timeline", timeline(run)),
         _section("Episodes", _examples(run)),
         _section("Failures", _failures(run)),
         _section("Config", _config(run.config)),
