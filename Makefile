@@ -5,7 +5,12 @@ PRESET ?= shopping/laptop
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: train test lint format wheel clean
+# vLLM lives apart: it pins its own torch, transformers and numpy, and fills 3.5 GB, so one environment serves every clone
+VLLM   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/agentgym-venvs/vllm
+PINS   := tests/vllm/requirements.txt
+SERVES := $(VLLM)/.ready-$(shell sha256sum $(PINS) | cut -c -12)
+
+.PHONY: train test test-vllm vllm lint format wheel clean
 
 # OUT=DIR names the run's folder (default: the first free of runs/<preset>, runs/<preset>-2, ...); ARGS adds options.
 train: $(READY)
@@ -13,6 +18,13 @@ train: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# On the CPU build, embedded and as a server. Warnings are vLLM's own; a start takes half a minute on two cores.
+test-vllm: $(SERVES)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm -o filterwarnings=default -o timeout=300 $(ARGS)
+
+vllm: $(SERVES)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -34,6 +46,14 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "no venv module: apt-get install python3-venv (or your system's like)"; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# What vLLM wants of vision and audio has no CPU build, and breaks transformers' imports where it is there all the same.
+$(SERVES):
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --requirement $(PINS)
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 clean:

@@ -1,7 +1,7 @@
 """`VllmServer`: a `vllm serve` process by its URL, with exact records, and weights that it takes over while it serves.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve path/to/model --logprobs-mode processed_logprobs \
-        --worker-extension-cls agentgym_policies.vllm_worker.Worker --enable-prompt-tokens-details
+    VLLM_SERVER_DEV_MODE=1 vllm serve path/to/model --enable-scale-out --enable-prompt-tokens-details \
+        --logprobs-mode processed_logprobs --worker-extension-cls agentgym_policies.vllm_worker.Worker
 
     server = VllmServer.from_checkpoint("path/to/model", url="http://127.0.0.1:8000")
     agentgym train ... --set rollout.engine=vllm-server --set rollout.engine_options.url=http://127.0.0.1:8000
@@ -96,8 +96,8 @@ class VllmServer(Vllm):
                 text = await answer.text()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineFault(f"{self.url}{route}: {type(error).__name__}: {error}") from error
-        if answer.status == 404:
-            raise ConfigError(f"{self.url} has no {route}: start it as agentgym_policies/vllm_server.py says")
+        if answer.status in (403, 404):
+            raise ConfigError(f"{self.url} does not offer {route}: start it as agentgym_policies/vllm_server.py says")
         if answer.status != 200:
             raise EngineFault(f"{self.url}{route} answered {answer.status}: {text[:300]}")
         return json.loads(text or "{}")
