@@ -119,6 +119,13 @@ def _train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("preset", nargs="?", metavar="PRESET|FILE.toml", help="as in `agentgym list`, or a TOML file")
     sub.add_argument("--out", metavar="DIR", help="the run's folder (default: the first free runs/NAME, NAME-2, ...)")
     sub.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
+    sub.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="resume after a crash (a signal, no memory left), at most N times in a row without progress",
+    )
     sub.add_argument("--dry-run", action="store_true", help="print the resolved config, memory, time and a verdict")
     _settings(sub, "any key of the config, env.* among them")
     _json(sub)

@@ -21,6 +21,7 @@ import tomli_w
 from agentgym import presets, registry
 from agentgym.cli import INTERRUPTED
 from agentgym.cli.output import Bar, emit, err, out, table
+from agentgym.cli.restarts import keep_going
 from agentgym.errors import ConfigError, StoreError
 from agentgym.figures import figure, percent, ranked
 from agentgym.store import load_run
@@ -31,15 +32,28 @@ DEFAULT = "policy-gradient"
 
 def run_train(options: Namespace) -> int:
     """Exit code 130 after Ctrl-C, 1 where --dry-run finds that this machine cannot do it."""
+    _check(options)
+    if options.restarts and not options.dry_run:
+        return keep_going(options, _folder(options))
     if options.resume:
         return _resume(options)
-    if not options.preset:
-        raise ConfigError("train needs a preset (see `agentgym list`), a TOML file, or --resume DIR")
     trainer, config = _resolved(presets.read_preset(options.preset), options.settings or [])
     if options.dry_run:
         return _dry_run(config, trainer.plan(config), options.json)
-    folder = Path(options.out) if options.out else free_folder(Path("runs"), Path(options.preset).stem)
-    return _train(trainer, config, folder, options.json)
+    return _train(trainer, config, _folder(options), options.json)
+
+
+def _check(options: Namespace) -> None:
+    if not (options.preset or options.resume):
+        raise ConfigError("train needs a preset (see `agentgym list`), a TOML file, or --resume DIR")
+    if options.resume and (options.preset or options.settings or options.out or options.dry_run):
+        raise ConfigError("--resume takes a run's folder and nothing else: it goes on by its own config")
+
+
+def _folder(options: Namespace) -> Path:
+    """Of the run: as named, or a free one."""
+    named = options.resume or options.out
+    return Path(named) if named else free_folder(Path("runs"), Path(options.preset).stem)
 
 
 def _resolved(preset: presets.Table, settings: Sequence[str]) -> tuple[Any, Any]:
@@ -50,8 +64,6 @@ def _resolved(preset: presets.Table, settings: Sequence[str]) -> tuple[Any, Any]
 
 
 def _resume(options: Namespace) -> int:
-    if options.preset or options.settings or options.out or options.dry_run:
-        raise ConfigError("--resume takes a run's folder and nothing else: it goes on by its own config")
     config = load_run(options.resume).config
     trainer = registry.load(config.get("trainer", DEFAULT), "trainers")
     return _train(trainer, None, Path(options.resume), options.json)

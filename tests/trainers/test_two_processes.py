@@ -20,12 +20,13 @@ from toys import BanditEnv
 from agentgym import errors, registry
 from agentgym.errors import ConfigError, EngineFault, MissingExtra, RecordError, UnknownName
 from agentgym.modeling import build
+from agentgym.processes import exit_reason
 from agentgym.store import load_run
 from agentgym.types import WeightsVersion
 from agentgym_trainers import language
 from agentgym_trainers.config import Config
 from agentgym_trainers.loop import PolicyGradient
-from agentgym_trainers.remote import HOME, RESTARTS, Remote, exit_reason, portable
+from agentgym_trainers.remote import HOME, RESTARTS, Remote, portable
 from agentgym_trainers.rollouts import TaskCursor, Unit, oldest
 from agentgym_trainers.shared import Block
 from agentgym_trainers.state import MODEL

@@ -32,6 +32,7 @@ from agentgym import registry
 from agentgym.errors import ConfigError, EngineFault
 from agentgym.modeling.threads import check_cores
 from agentgym.policy import Load
+from agentgym.processes import exit_reason
 from agentgym.types import WeightsVersion
 from agentgym_trainers.config import Config
 from agentgym_trainers.language import LanguageModel
@@ -280,13 +281,6 @@ class Life:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         return exit_reason(code)
-
-
-def exit_reason(code: int) -> str:
-    """What an exit code of `subprocess` says, in words."""
-    if code != -signal.SIGKILL:
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return "signal SIGKILL (somebody's, or the system's where memory runs out)"
 
 
 # --- names ------------------------------------------------------------------------------------------------------
