@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from agentgym.mixture import DOMAIN
+from agentgym.mixture import DOMAIN, domain_of
 from agentgym.policy import Load
 from agentgym.types import Trajectory
 from agentgym_trainers.rollouts import Sample, oldest
@@ -29,7 +29,7 @@ def by_domain(samples: Sequence[Sample]) -> Figures:
     number, and the domain's share of all episodes, failed ones too."""
     held: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
-        held[sample.trajectory.labels.get(DOMAIN, "")].append(sample)
+        held[domain_of(sample.trajectory)].append(sample)
     found: Figures = {}
     for name in sorted(held.keys() - {""}):
         good = [s for s in held[name] if s.value is not None]
