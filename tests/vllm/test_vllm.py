@@ -74,6 +74,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     flags = {
         "--port": port, "--host": "127.0.0.1", "--max-model-len": 512, "--max-num-seqs": 8, "--block-size": 32,
         "--logprobs-mode": "processed_logprobs", "--worker-extension-cls": WORKER, "--generation-config": "vllm",
+        "--dtype": "float32",
         "--kv-cache-memory-bytes": 2**30,
     }  # fmt: skip
     # `vllm serve` itself asks for a distribution named vllm, which the CPU build is not
@@ -102,7 +103,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
-def _answers(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 110) -> None:
+def _answers(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
