@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -54,17 +54,28 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     return built
 
 
+class _Above(Progress):
+    """A progress bar with something below it."""
+
+    below: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below is not None:
+            yield self.below
+
+
 class Bar:
     """A progress bar with the time left, on standard error; it appears only once the work has taken `PATIENCE`.
 
-    Where standard error is no terminal, a line now and then takes its place.
+    Where standard error is no terminal, a line now and then takes its place; `below` is shown on a terminal alone.
     """
 
-    def __init__(self, what: str, total: int | None, done: int = 0) -> None:
-        self.what, self.total, self.done, self.first = what, total, done, done
+    def __init__(self, what: str, total: int | None, done: int = 0, below: RenderableType | None = None) -> None:
+        self.what, self.total, self.done, self.first, self.below = what, total, done, done, below
         self.started = self.spoke = time.monotonic()
         self.console = err()
-        self.progress: Progress | None = None
+        self.progress: _Above | None = None
         self.task: TaskID | None = None
 
     def __enter__(self) -> Self:
@@ -94,7 +105,8 @@ class Bar:
     def _draw(self, note: str) -> None:
         if self.progress is None:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True)
+            self.progress = _Above(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True)
+            self.progress.below = self.below
             self.task = self.progress.add_task(self.what, total=self.total, note=note)
             self.progress.start()
         if self.task is not None:

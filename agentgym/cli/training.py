@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from agentgym import presets, registry
 from agentgym.cli import INTERRUPTED
 from agentgym.cli.output import Bar, emit, err, out, table
 from agentgym.cli.restarts import keep_going
+from agentgym.cli.watch import Watch
 from agentgym.errors import ConfigError, StoreError
 from agentgym.figures import figure, percent, ranked
 from agentgym.store import load_run
@@ -94,11 +96,16 @@ def _train(trainer: Any, config: Any, folder: Path, as_json: bool) -> int:
 
 
 class Board:
-    """A bar per phase on standard error, with the figures of the last step; a line for each phase that ends."""
+    """A bar per phase on standard error, with the figures of the last step; a line for each phase that ends.
+
+    On a terminal, curves and the figures of asynchronous training stand below the bar (see `watch`). A phase that
+    another one interrupts (an evaluation in between) goes on where it was.
+    """
 
     def __init__(self) -> None:
         self.bar: Bar | None = None
-        self.began = time.monotonic()
+        self.began: defaultdict[str, float] = defaultdict(time.monotonic)
+        self.watches: defaultdict[str, Watch] = defaultdict(Watch)
 
     def __enter__(self) -> Board:
         return self
@@ -114,12 +121,14 @@ class Board:
 
     def show(self, phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         """What a trainer calls after each step."""
+        began = self.began[phase]
+        self.watches[phase].see(figures)
         if self.bar is None or self.bar.what != phase:
             self.close()
-            self.bar, self.began = Bar(phase, total, done=done - 1), time.monotonic()
+            self.bar = Bar(phase, total, done=done - 1, below=self.watches[phase])
         self.bar.advance(note(figures))
         if done == total:
-            seconds = time.monotonic() - self.began
+            seconds = time.monotonic() - began
             self.close()
             steps = f"{done} steps, {seconds:.0f} s  " if total > 1 else ""
             err().print(f"{phase}: {steps}{note(figures)}", markup=False)

@@ -109,14 +109,14 @@ class Sinks:
         self.step = position
         require(names := tuple(names))
         for name in names:
-            self._guarded(name, lambda name=name: self.open.update({name: SINKS[name](folder, config, position)}))
+            self._guarded(name, self._begin, name, folder, config, position)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl; one without a step belongs to the last that had one."""
         self.step = int(line.get("step", self.step))
         found = numbers(line)
         for name, sink in list(self.open.items()):
-            self._guarded(name, lambda sink=sink: sink.log(self.step, found))
+            self._guarded(name, sink.log, self.step, found)
 
     def close(self) -> None:
         """Hand on what still waits."""
@@ -124,9 +124,12 @@ class Sinks:
             self._guarded(name, sink.close)
         self.open.clear()
 
-    def _guarded(self, name: str, work: Callable[[], object]) -> None:
+    def _begin(self, name: str, folder: Path, config: Mapping[str, Any], position: int) -> None:
+        self.open[name] = SINKS[name](folder, config, position)
+
+    def _guarded(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
         try:
-            work()
+            work(*arguments)
         except Exception as error:
             self.open.pop(name, None)
             warnings.warn(
