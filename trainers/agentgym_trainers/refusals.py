@@ -10,6 +10,7 @@ import msgspec
 
 from agentgym.errors import AgentGymError, ConfigError
 from agentgym.rewards import check_gamma, composer, judges
+from agentgym_trainers import mixtures
 from agentgym_trainers.objective.custom import resolve
 from agentgym_trainers.objective.declare import Discriminative, Distillation, Layer
 from agentgym_trainers.strategies.declare import Contrastive, DynamicFilter, ForcedMode
@@ -186,4 +187,7 @@ def _gamma(reward: Mapping[str, Any], gamma: float) -> None:
         raise ConfigError(f"advantage.gamma: {error}") from error
 
 
-_RULES = (_counts, _sampling, _overlap, _groups, _equal, _read, _off_policy, _objective, _imitation, _reward)
+_RULES = (
+    *(_counts, _sampling, _overlap, _groups, _equal, _read, _off_policy, _objective, _imitation, _reward),
+    mixtures.refuse,
+)
