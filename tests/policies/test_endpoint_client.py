@@ -15,8 +15,11 @@ from chat_server import ASK, completion, half, hang, once, opened, serving, talk
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentgym.env import task_list
 from agentgym.errors import ConfigError, EngineFault
 from agentgym.policy import Load, Loaded
+from agentgym.rollout import Runner, episodes
+from agentgym.testing.fakes import CountingEnv
 from agentgym.types import Action
 from agentgym_policies.endpoint import Client, Endpoint
 from agentgym_policies.endpoint import client as module
@@ -268,13 +271,16 @@ FAULTS: dict[str, Any] = {
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_no_fault_leaves_a_socket_or_a_task(fault: str) -> None:
+async def test_a_fault_fails_episodes_pays_nothing_and_leaves_no_socket_or_task(fault: str) -> None:
+    asked = list(episodes(task_list(CountingEnv(), "train", 0, 12)))
     async with serving(lambda body, n: FAULTS[fault](n)) as server:
         before, tasks = sockets(), asyncio.all_tasks()
         async with opened(server.url, retries=1, seconds=0.4, concurrency=8) as endpoint:
-            found = await asyncio.gather(*(once(endpoint) for _ in range(16)), return_exceptions=True)
-            assert all(isinstance(each, EngineFault) for each in found)
-            assert endpoint.usage.failed == 16
+            runner = Runner(CountingEnv(), endpoint, retries=0, concurrency=12)
+            found = await runner.collect(asked)
+            assert [(t.status, t.failure and t.failure.kind) for t in found] == [("failed", "engine")] * 12
+            assert not any(list(t.rewards) for t in found)
+            assert endpoint.usage.failed == 12
             assert endpoint.load() == Load(slots=8)
         await soon(lambda: sockets() <= before and asyncio.all_tasks() <= tasks)
 
