@@ -32,9 +32,9 @@ STOPPING = 30.0
 class VllmEngine(Vllm):
     """vLLM on a local folder in hub format; see `Vllm` for what it records.
 
-    `dtype` "auto" is the checkpoint's own. `cache_gib` is the memory for keys and values on each device. `threads` and `cores` are for the CPU build: threads
-    without a place of their own, or one thread on each of these cores. `arguments` are fields of vLLM's
-    `AsyncEngineArgs` (tensor_parallel_size, enforce_eager, enable_sleep_mode, ...) and go before ours.
+    `dtype` "auto" is the checkpoint's own. `cache_gib` is the memory for keys and values on each device. `threads` and
+    `cores` are for the CPU build: threads without a place of their own, or one thread on each of these cores.
+    `arguments` are fields of vLLM's `AsyncEngineArgs` (tensor_parallel_size, enforce_eager, ...) and go before ours.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class VllmEngine(Vllm):
         """The engine of a training run. It never shares: `publish` copies the module's weights, `shared` or not."""
         refuse(deterministic, stale_caches)
         with _written(model, renderer) as path:
-            return cls(path, renderer, model=model, **{"dtype": str(model.dtype).removeprefix("torch."), **options})
+            return cls(path, renderer, model=model, **{"dtype": _name(model), **options})
 
     async def _start(self) -> None:
         with _environment(_placement(self.threads, self.cores)):
@@ -156,6 +156,11 @@ def _completion(found: Any) -> Completion:
 def _other(entry: dict[int, Any], token: int) -> Any:
     """The entry that does not belong to the sampled token: its raw log-prob (`vllm_worker.BothLogprobs`)."""
     return next(value for other, value in entry.items() if other != token)
+
+
+def _name(model: Any) -> str:
+    """The name of the module's number format."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _dtype(folder: Path) -> str:

@@ -8,7 +8,7 @@
 
 Requests go to `/inference/v1/generate`, which takes and gives token ids and says which weights sampled which (vLLM 0.32
 or newer). The server belongs to one run: its weights change, and what it reports as top log-probs is ours. vLLM halves
-float32 checkpoints unless told `--dtype float32`; the corrections for a sampler's other arithmetic then have work to do.
+float32 checkpoints unless told `--dtype float32`; corrections between sampler and learner then have work to do.
 """
 
 from __future__ import annotations
