@@ -77,10 +77,23 @@ def timeline(run: Run) -> str:
         return ""
     near = _strip(f"the last {len(updates[-ZOOM:])} updates", updates[-ZOOM:])
     whole = _strip(f"updates {updates[0].step} to {updates[-1].step}", updates) if len(updates) > ZOOM else ""
-    rows = [(what, f"{seconds:.1f}", percent(share)) for what, seconds, share in shares(updates, run)]
-    told = table(("", "seconds", "of the wall time"), rows)
-    note = '<p class="soft">Episodes run beside each other and beside the learner: their seconds add up to more.</p>'
-    return f"<style>{STYLE}</style>{_key()}{near}{whole}{told}{note}"
+    return f"<style>{STYLE}</style>{_key()}{near}{whole}{_table(updates, run)}"
+
+
+def _table(updates: Sequence[Update], run: Run) -> str:
+    learner, play = shares(updates, run)
+    begin, end = _span(updates)
+    parts = [("learner", learner, end - begin), ("episodes", play, sum(play.values()))]
+    rows = [
+        (f"{side}: {what}", f"{seconds:.1f}", percent(seconds / whole if whole else None))
+        for side, held, whole in parts
+        for what, seconds in held.items()
+    ]
+    at_once = sum(play.values()) / (end - begin)
+    note = (
+        f"of {end - begin:.1f} s of the learner, and of the seconds of all episodes; {at_once:.1f} at once on average"
+    )
+    return f'{table(("", "seconds", "share"), rows)}<p class="soft">Shares are {note}.</p>'
 
 
 def read(metrics: Iterable[Mapping[str, Any]]) -> list[Update]:
@@ -112,17 +125,14 @@ def _update(line: Mapping[str, Any]) -> Update:
 # --- shares -----------------------------------------------------------------------------------------------------
 
 
-def shares(updates: Sequence[Update], run: Run) -> list[tuple[str, float, float]]:
-    """(what, seconds, share of the wall time): the learner's laps, and what play spent, over all episodes at once.
+def shares(updates: Sequence[Update], run: Run) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of the learner by what it did, and of all episodes, which run beside each other, by what they did.
 
-    Generation and environment are what turns say; the seconds of an episode that neither
-    names (composing, judges, waiting) are the rest. Of long runs a sample of the updates is read and scaled up.
+    Generation and environment are what turns say; seconds of an episode that neither names (composing, waiting to
+    begin a turn) are the rest. Of long runs a sample of the updates is read and scaled up.
     """
-    begin, end = _span(updates)
     learner = seconds_of(lap for update in updates for lap in update.laps)
-    spent = {f"learner: {what}": seconds for what, seconds in learner.items()}
-    spent |= {f"play: {what}": seconds for what, seconds in _played(run, [u.step for u in updates]).items()}
-    return [(what, seconds, seconds / (end - begin)) for what, seconds in spent.items()]
+    return learner, _played(run, [update.step for update in updates])
 
 
 def seconds_of(laps: Iterable[Lap]) -> dict[str, float]:
@@ -144,7 +154,7 @@ def _played(run: Run, steps: Sequence[int]) -> dict[str, float]:
     return {
         "generation": generation,
         "environment": environment,
-        "reward and the rest": whole - generation - environment,
+        "reward and rest": whole - generation - environment,
     }
 
 
