@@ -59,8 +59,8 @@ def rollouts(policy: Policy, env: Environment | None = None, strategy: Any = Non
 async def play(who: Rollouts, step: int = 0) -> Played:
     """One update of two tasks as one unit."""
     cursor = TaskCursor(who.env, who.config.run.seed)
-    cursor.seek(2 * step)
-    return await who.play(Unit(number=step, version=0, tasks=tuple(cursor.take(2)), step=step))
+    tasks = cursor.take(2 * step + 2)[2 * step :]
+    return await who.play(Unit(number=step, version=0, tasks=tuple(tasks), step=step))
 
 
 async def test_a_forced_half_is_recorded_with_its_share() -> None:

@@ -15,11 +15,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
+
 from agentgym.shards import Appender
 from agentgym.types import Record, decode, encode
 from agentgym_trainers.rollouts import Played, Unit
 
 _HEAD = struct.Struct("<II")
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """How far play has come at a checkpoint: units begun, tasks drawn of each domain, what the strategy remembers."""
+
+    begun: int = 0
+    drawn: dict[str, int] = msgspec.field(default_factory=dict)
+    memory: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class Taken(Record, frozen=True, kw_only=True, tag=True):

@@ -23,20 +23,19 @@ from typing import Any
 import msgspec
 import torch
 
-from agentgym import registry
 from agentgym.env import Environment
 from agentgym.errors import StoreError
 from agentgym.evaluation import evaluate
 from agentgym.modeling import build
 from agentgym.policy import Policy
 from agentgym.report import write_report
-from agentgym.rewards import composer
 from agentgym.types import Trajectory, WeightsVersion, iterate
 from agentgym_trainers import config as configs
 from agentgym_trainers import figures, language, sft
 from agentgym_trainers.config import Config
 from agentgym_trainers.figures import Figures
 from agentgym_trainers.learner import Learner, Optim
+from agentgym_trainers.mixtures import make_env, reward_of
 from agentgym_trainers.objective.declare import IMITATION, Objective
 from agentgym_trainers.plan import Plan, plan
 from agentgym_trainers.reinforce import Reinforcement, needs_initial, player, refuse
@@ -136,7 +135,7 @@ class _Training:
     def __init__(self, state: State, progress: Progress) -> None:
         self.state, self.progress = state, progress
         self.config = config = state.config
-        self.env: Environment = registry.make(**config.env)
+        self.env: Environment = make_env(config)
         refuse(config, self.env)
         self.seconds: defaultdict[str, float] = defaultdict(float, state.stage.seconds if state.stage else {})
         self.counts: Counter[str] = Counter(state.stage.counts if state.stage else {})
@@ -210,7 +209,7 @@ class _Training:
             self.state.save(stage, tensors, self.model)
             return
         line = self.updates.line
-        stage = msgspec.structs.replace(stage, begun=line.schedule.next, memory=line.memory)
+        stage = msgspec.structs.replace(stage, play=line.standing)
         self.state.journal.begin(position(self.config, phase, step), line.open())
         await self.updates.off_loop(self.state.save, stage, tensors, self.model)
 
@@ -247,8 +246,7 @@ class _Training:
 
     async def _reinforce(self) -> None:
         config, env, model = self.config, self.env, self.model
-        derived = composer(config.reward or env.reward).derived
-        initial = self._initial() if needs_initial(config, derived) else None
+        initial = self._initial() if needs_initial(config, reward_of(config, env).derived) else None
         phase = Reinforcement(config, env, model, initial, self.counts)
         rollouts: Rollouts | Remote
         if config.run.processes == 2:

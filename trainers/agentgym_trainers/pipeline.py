@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import msgspec
 
 from agentgym.policy import Load
-from agentgym_trainers.journal import Event, Journal, Taken
+from agentgym_trainers.journal import Event, Journal, Standing, Taken
 from agentgym_trainers.rollouts import Played, TaskCursor, Unit
 from agentgym_trainers.schedule import Schedule
 
@@ -98,6 +98,11 @@ class Pipeline:
         yield from self.played.values()
 
     @property
+    def standing(self) -> Standing:
+        """For a checkpoint; what is open goes into the journal that it begins."""
+        return Standing(begun=self.schedule.next, drawn=dict(self.cursor.drawn), memory=self.memory)
+
+    @property
     def running(self) -> int:
         """Units under way."""
         return len(self._running)
@@ -174,12 +179,13 @@ class Pipeline:
 
     def _adopt(self) -> None:
         history = self.journal.history
+        for unit in history.begun.values():
+            self.cursor.skip(unit.tasks if unit.number >= self.schedule.next else ())
         self.units, self.played = dict(history.begun), dict(history.played)
         for number, unit in self.units.items():
             played = self.played.get(number)
             self.schedule.adopt(number, played.oldest(unit.version) if played else unit.version, ready=bool(played))
         self._left = [unit for number, unit in self.units.items() if number not in self.played]
-        self.cursor.seek(self.schedule.next * self.deals)
 
     def _anew(self, unit: Unit) -> Unit:
         """A unit that was under way: the same tasks, under the weights of now."""

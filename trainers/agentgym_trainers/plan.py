@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from agentgym import registry
 from agentgym.errors import ConfigError
 from agentgym.modeling import build
 from agentgym.modeling.flops import measured
@@ -24,6 +23,7 @@ from agentgym.modeling.lora import Lora
 from agentgym.rewards import composer
 from agentgym_trainers import language
 from agentgym_trainers.config import Config
+from agentgym_trainers.mixtures import make_env
 from agentgym_trainers.objective.declare import Perception
 from agentgym_trainers.reinforce import needs_initial
 
@@ -85,7 +85,7 @@ def _read(path: str) -> Any:
 
 
 def _words(config: Config) -> int:
-    env = registry.make(**config.env)
+    env = make_env(config)
     if not hasattr(env, "vocabulary"):
         raise ConfigError(f"model.tokenizer = 'closed' needs {env.id} to have a vocabulary(); set it to 'bpe'")
     return len(env.vocabulary()) + 14

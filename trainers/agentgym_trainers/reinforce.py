@@ -23,7 +23,7 @@ from agentgym.advantages import AdvantageState, advantages, critic_targets
 from agentgym.env import Environment, require
 from agentgym.modeling import build
 from agentgym.modeling.renderer import Renderer
-from agentgym.rewards import Dual, derived
+from agentgym.rewards import derived
 from agentgym.types import Trajectory
 from agentgym_trainers import language, sft, strategies
 from agentgym_trainers.candidates.learner import CandidateLearner
@@ -32,6 +32,7 @@ from agentgym_trainers.critic import Critic
 from agentgym_trainers.figures import Figures
 from agentgym_trainers.language import LanguageModel
 from agentgym_trainers.learner import Learner
+from agentgym_trainers.mixtures import Domains, reward_of
 from agentgym_trainers.objective.declare import IMITATION, Distillation
 from agentgym_trainers.preference import build as build_pairs
 from agentgym_trainers.preference.learner import PairLearner
@@ -88,7 +89,9 @@ class Reinforcement:
     ) -> None:
         refuse(config, env)
         self.config, self.env, self.model, self.initial = config, env, model, initial
-        self.multipliers = Dual(config.reward or env.reward)
+        self.composers = reward_of(config, env)
+        self.multipliers = self.composers.multipliers
+        self.domains = Domains(config, env)
         never = config.run.algorithm == "best_of_n"  # its episodes are all of the warm start, and none is too old
         self.buffer = Buffer(math.inf if never else config.rollout.max_staleness, config.rollout.drop_equal, counts)
         self.learner = self._learner()
@@ -126,15 +129,15 @@ class Reinforcement:
     def learn(self, played: Sequence[Played], version: int) -> Learned:
         """Credit for what is admitted at this version of the weights, then every optimiser step of the update."""
         groups = self._rewarded([group for unit in played for group in unit.groups])
-        samples = self.buffer.take(groups, version)
+        samples = self.domains.scaled(self.buffer.take(groups, version))
         self.buffer.counts["aside"] += sum(len(unit.aside) for unit in played)
         found = self._update(samples, version) if samples else {}
         everyone = [sample for group in groups for sample in group]
-        return Learned({**found, **self._price(everyone)}, everyone)
+        return Learned({**found, **self._price(everyone), **self.domains.update(everyone)}, everyone)
 
     def _rewarded(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with what only the models know in their rewards: `policy.kl`, of the policy as it is now."""
-        if "policy.kl" not in self.multipliers.composer.derived:
+        if "policy.kl" not in self.composers.derived:
             return list(groups)
         good = [s.trajectory for group in groups for s in group if s.reward is not None]
         learner = self.learner if isinstance(self.learner, Learner) else self.learner.learner
@@ -143,7 +146,7 @@ class Reinforcement:
 
     def _behind(self, sample: Sample, gap: NDArray[np.float64]) -> Sample:
         extra = derived(sample.trajectory, gap.tolist())
-        return sample._replace(reward=self.multipliers.composer.trajectory(sample.trajectory, extra=extra))
+        return sample._replace(reward=self.composers.of(sample.trajectory).trajectory(sample.trajectory, extra=extra))
 
     def _update(self, samples: Sequence[Sample], version: int) -> Figures:
         if isinstance(self.learner, PairLearner):
@@ -185,7 +188,11 @@ class Reinforcement:
         """Tensors and plain values: all that an interrupted phase needs besides the weights."""
         tensors, plain = self.learner.state()
         critic = {CRITIC + name: x for name, x in self.critic.state().items()} if self.critic else {}
-        rest = {"credit": self.credit.state_dict(), "multipliers": self.multipliers.state()}
+        rest = {
+            "credit": self.credit.state_dict(),
+            "multipliers": self.multipliers.state(),
+            "domains": self.domains.state(),
+        }
         return {**tensors, **critic}, {**plain, **rest}
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
@@ -197,3 +204,4 @@ class Reinforcement:
         self.learner.restore(own, dict(plain))
         self.credit.load_state_dict(plain["credit"])
         self.multipliers.restore(plain["multipliers"])
+        self.domains.restore(plain["domains"])

@@ -13,37 +13,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, groupby, islice
 from typing import Any
 
+import msgspec
+
 from agentgym.env import Environment
 from agentgym.errors import ConfigError, Fault
+from agentgym.mixture import Mixture, domain_of
 from agentgym.policy import Load, Loaded, Policy, Publishes
-from agentgym.rewards import Composed, Dual, derived, judges
+from agentgym.rewards import Composed, derived, judges
 from agentgym.rollout import Runner
 from agentgym.seeding import key
 from agentgym.types import Episode, Record, Task, Trajectory, WeightsVersion
 from agentgym_trainers import strategies
 from agentgym_trainers.config import Config
+from agentgym_trainers.mixtures import reward_of
 from agentgym_trainers.strategies import Group as Group
 from agentgym_trainers.strategies import Sample as Sample
 from agentgym_trainers.strategies import Table
 
 
 class TaskCursor:
-    """The training tasks in their order. `position` is all its state; a finite stream begins again, reshuffled."""
+    """The training tasks in their order; a finite stream begins again, reshuffled. A mixture's order hangs on the
+    weights of the moment too. `drawn`, how many were taken of each domain ("" without domains), is all its state."""
 
-    def __init__(self, env: Environment, seed: int) -> None:
+    def __init__(self, env: Environment, seed: int, drawn: Mapping[str, int] | None = None) -> None:
         self.env, self.seed = env, seed
-        self.position = 0
-        self._stream = self.endless()
-
-    def seek(self, position: int) -> None:
-        """Go to a position of the stream, from its beginning."""
-        self.position = position
-        self._stream = islice(self.endless(), position, None)
+        self.drawn = Counter(drawn)
+        self._stream: Iterator[Task] | None = None
 
     def take(self, count: int) -> list[Task]:
+        """The next tasks."""
+        if self._stream is None:
+            self._stream = self._from_here()
         found = list(islice(self._stream, count))
-        self.position += len(found)
+        self.drawn.update(map(domain_of, found))
         return found
+
+    def skip(self, tasks: Sequence[Task]) -> None:
+        """These were taken already."""
+        self.drawn.update(map(domain_of, tasks))
+        self._stream = None
 
     def endless(self) -> Iterator[Task]:
         """The stream from its beginning, whatever was taken."""
@@ -55,6 +63,11 @@ class TaskCursor:
             if task is None:
                 raise ConfigError(f"{self.env.id} has no task in the split 'train'")
             epoch += 1
+
+    def _from_here(self) -> Iterator[Task]:
+        if isinstance(self.env, Mixture):
+            return self.env.course(key(self.seed, "tasks", 0) >> 33, self.drawn)
+        return islice(self.endless(), self.drawn.total(), None)
 
 
 class Unit(Record, frozen=True, kw_only=True, tag=True):
@@ -76,8 +89,8 @@ class Played(Record, frozen=True, kw_only=True, tag=True):
 
     number: int
     groups: list[Group]
-    aside: list[Sample] = []
-    memory: dict[str, Any] = {}
+    aside: list[Sample] = msgspec.field(default_factory=list)
+    memory: dict[str, Any] = msgspec.field(default_factory=dict)
     began: float = 0.0
     ended: float = 0.0
 
@@ -107,7 +120,7 @@ class Rollouts:
                 f"the strategy {config.strategy.kind!r} has the initial policy play; give it as reference="
             )
         self.config, self.env, self.policy, self.reference = config, env, policy, reference
-        self.multipliers = Dual(config.reward or env.reward)
+        self.composers = reward_of(config, env)
         self.judge = judges.declared(config.judge)
         self.strategy = strategies.make(
             config.strategy, env, group_size=config.rollout.group_size, sampling=config.sampling
@@ -130,7 +143,7 @@ class Rollouts:
 
     def reprice(self, multipliers: Mapping[str, Any]) -> None:
         """What is played from now on is rewarded under this state of the reward's multipliers."""
-        self.multipliers.restore(multipliers)
+        self.composers.multipliers.restore(multipliers)
 
     def restore(self, memory: Mapping[str, Any]) -> None:
         """Go on with what the strategy knew after a unit."""
@@ -166,7 +179,7 @@ class Rollouts:
         return [Sample(t, None if t.status == "failed" else self._composed(t)) for t in played]
 
     def _composed(self, trajectory: Trajectory) -> Composed:
-        composer = self.multipliers.composer
+        composer = self.composers.of(trajectory)
         extra = derived(trajectory, [0.0] * len(trajectory.turns)) if composer.derived else ()
         return composer.trajectory(trajectory, extra=extra)
 

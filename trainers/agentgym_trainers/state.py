@@ -14,7 +14,7 @@ from torch import Tensor
 from agentgym.errors import StoreError
 from agentgym.store import Checkpoint, Offsets, RunFolder, load_run, write_atomic
 from agentgym_trainers.config import Config, from_table
-from agentgym_trainers.journal import Journal
+from agentgym_trainers.journal import Journal, Standing
 from agentgym_trainers.language import LanguageModel
 
 PHASES = ("warmup", "sft", "rl")
@@ -25,14 +25,13 @@ RNG = "rng"
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run stands: `step` steps of `phase` are done; `learner` is the small state of that moment; `begun` units
-    of play were begun, and `memory` is their strategy's; `seconds` and `counts` go on from there."""
+    """Where a run stands: `step` steps of `phase` are done; `learner` is the small state of that moment; `play` is
+    how far that has come; `seconds` and `counts` go on from there."""
 
     phase: str
     step: int
     learner: dict[str, Any] = {}
-    begun: int = 0
-    memory: dict[str, Any] = {}
+    play: Standing = Standing()
     seconds: dict[str, float] = {}
     counts: dict[str, int] = {}
 

@@ -24,6 +24,7 @@ from agentgym.modeling.threads import pin
 from agentgym.types import WeightsVersion
 from agentgym_trainers import figures
 from agentgym_trainers.figures import Figures
+from agentgym_trainers.journal import Standing
 from agentgym_trainers.pipeline import Pipeline
 from agentgym_trainers.reinforce import Learned, Reinforcement
 from agentgym_trainers.remote import Remote
@@ -135,7 +136,7 @@ def _timeline(played: Sequence[Played], version: int, clock: Clock) -> dict[str,
 
 def _pipeline(state: State, env: Environment, rollouts: Rollouts | Remote) -> Pipeline:
     """Rollouts in the order of the schedule, and what is left of an earlier life of the run."""
-    config, r, stage = state.config, state.config.rollout, state.stage
+    config, r = state.config, state.config.rollout
     whole = (r.unit or ("group" if r.max_staleness else "update")) == "update"
     deals = r.tasks_per_step if whole else 1
     schedule = Schedule(
@@ -144,9 +145,10 @@ def _pipeline(state: State, env: Environment, rollouts: Rollouts | Remote) -> Pi
         updates=position(config, "rl", config.run.steps),
         version=position(config, "rl", state.steps_done("rl")),
     )
-    schedule.next = stage.begun if stage else 0
-    cursor, most = TaskCursor(env, config.run.seed), max(1, r.concurrency // (r.group_size * deals))
+    stood = state.stage.play if state.stage else Standing()
+    schedule.next = stood.begun
+    cursor, most = TaskCursor(env, config.run.seed, stood.drawn), max(1, r.concurrency // (r.group_size * deals))
     line = Pipeline(rollouts, cursor, schedule, state.journal, deals=deals, most=most)
-    line.memory = line.memory or (stage.memory if stage else {})
+    line.memory = line.memory or stood.memory
     rollouts.restore(line.memory)
     return line
