@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import tempfile
 import threading
 from abc import ABC, abstractmethod
@@ -79,7 +78,7 @@ class Vllm(ABC):
         self.renderer, self.model, self.slots, self.max_length, self.seed = renderer, model, slots, max_length, seed
         self.sampling = check(sampling or Sampling())
         memory = MEMORY if os.access(MEMORY, os.W_OK) else None
-        self.folder = Path(tempfile.mkdtemp(prefix="agentgym-vllm-", dir=folder or memory))
+        self.folder = tempfile.TemporaryDirectory(prefix="agentgym-vllm-", dir=folder or memory)
         self._counts: Counter[str] = Counter()
         self._calls: dict[int, int] = {}  # tokens of the contexts under way
         self._thread = LoopThread("agentgym-vllm")
@@ -158,7 +157,7 @@ class Vllm(ABC):
 
     def _write(self) -> Path:
         """The module's weights as one file that the workers can read."""
-        path = self.folder / "weights.safetensors"
+        path = Path(self.folder.name) / "weights.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in build.weights(self.model)}, path)
         return path
 
@@ -175,7 +174,7 @@ class Vllm(ABC):
     def close(self) -> None:
         """Stop. Replies under way end as an `EngineFault`."""
         self._thread.close(self._stop)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.cleanup()
 
     async def _guarded(self, work: Coroutine[Any, Any, T]) -> T:
         """Work in vLLM's thread; whatever fails there is an `EngineFault`."""

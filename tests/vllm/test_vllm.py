@@ -87,20 +87,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = folder / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **SERVING})
-    family = [psutil.Process(process.pid)]
     try:
         url = f"http://127.0.0.1:{port}"
         _answers(url, process, log)
-        family += family[0].children(recursive=True)
         yield url
     finally:
+        family = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+        process.kill()
         process.wait()
+        _, left = psutil.wait_procs(family, timeout=10)
+        for member in left:
+            member.kill()
 
 
 def _answers(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> None:
@@ -356,6 +356,6 @@ async def test_a_fresh_engine_with_new_weights_says_the_same_and_a_dead_one_is_n
         await asyncio.to_thread(fresh.close)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
-    assert not fresh.folder.exists()
+    assert not os.path.exists(fresh.folder.name)  # noqa: ASYNC240
     with pytest.raises(EngineFault, match="closed"):
         await play(fresh, turns=1)
