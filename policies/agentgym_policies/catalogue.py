@@ -44,7 +44,7 @@ BENCHES = [
     Spec(
         id="engine",
         target="agentgym_policies.bench:engine",
-        summary="sampled tokens per second over many turns: torch engine against generate, with and without a cache",
+        summary="sampled tokens per second over turns and sizes of model: torch engine against generate and vLLM",
         extra="train",
         requires=("torch", "transformers", "tokenizers", "safetensors"),
     ),

@@ -47,10 +47,9 @@ def processed_logprobs(logprobs: Tensor, samplings: Sequence[Sampling]) -> Tenso
     device = logprobs.device
     temperature = torch.tensor([s.temperature for s in samplings], device=device)[:, None]
     found = (logprobs / temperature.clamp_min(1e-6)).log_softmax(-1)
-    greedy = temperature == 0
-    if bool(greedy.any()):
+    if any(s.temperature == 0 for s in samplings):
         best = torch.full_like(found, -torch.inf).scatter(-1, logprobs.argmax(-1, keepdim=True), 0.0)
-        found = torch.where(greedy, best, found)
+        found = torch.where(temperature == 0, best, found)
     if any(s.top_k for s in samplings):
         found = _cut_k(found, torch.tensor([s.top_k or found.shape[-1] for s in samplings], device=device))
     if any(s.top_p < 1 for s in samplings):

@@ -223,7 +223,10 @@ class Decode:
         if self.graph is None:
             self._pass(None)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.device(self.store.device),
+                torch.cuda.graph(self.graph, self.store.pool, torch.cuda.Stream(), "thread_local"),
+            ):
                 self.logits = self._pass(None)
         self.graph.replay()
         assert self.logits is not None
@@ -238,6 +241,7 @@ class SlotStore:
         self.device = next(model.parameters()).device
         self.mask = NO_MASK.to(self.device)
         self.static = deterministic or self.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.cache = SlotCache(slots, length)
         self.decodes: dict[tuple[int, int, bool], Decode] = {}
 
