@@ -94,7 +94,8 @@ SINKS: Mapping[str, Callable[[Path, Mapping[str, Any], int], Sink]] = {
 def require(names: Iterable[str]) -> None:
     """Raises `ConfigError` where the package of a sink is missing."""
     for name in names:
-        if find_spec(PACKAGES[name]) is None:
+        found = find_spec(PACKAGES[name])
+        if found is None or found.origin is None:  # a folder of that name is no package
             raise ConfigError(
                 f"run.sinks has {name!r}, and {PACKAGES[name]} is not installed; pip install 'agentgym-suite[watch]', "
                 "or leave it out: metrics.jsonl and report.html have all figures"
