@@ -198,9 +198,11 @@ def test_success_runs_on_and_a_failed_episode_says_nothing():
         == {"domain/a/weight": 0.0, "domain/b/weight": 1.0}
         == {f"domain/{n}/weight": w for n, w in env.weights.items()}
     )
-    domains.update([sample("a", 0.0, success=0.0), sample("b", 1.0, success=0.25)])
-    assert domains.success == {"a": 0.5, "b": 0.25}
-    assert env.weights == pytest.approx({"a": 0.4, "b": 0.6})
+    domains.update([sample("a", 0.0, success=0.0), *[sample("b", 1.0, success=1 / 3)] * 4])
+    assert domains.success == pytest.approx({"a": 1 / 3, "b": 1 / 3})
+    domains.update([sample("b", 1.0, success=1.0)] * 2)
+    assert domains.success == pytest.approx({"a": 1 / 3, "b": 2 / 3})
+    assert env.weights == pytest.approx({"a": 2 / 3, "b": 1 / 3})
     assert env.shares == {"a": 0.5, "b": 0.5}
 
 

@@ -107,7 +107,8 @@ class Domains:
         self.mixture = env if isinstance(env, Mixture) else None
         self.scales = {name: part.scale for name, part in components(config).items()}
         self.spreads = {name: Spread() for name, scale in self.scales.items() if scale == "std"}
-        self.success: dict[str, float] = {}
+        self.seen: dict[str, tuple[float, float]] = {}
+        """Successes and episodes of each domain, older ones fading."""
 
     def scaled(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples of an update with rewards at their domain's scale: value, base and shares alike, so that they
@@ -128,12 +129,17 @@ class Domains:
             return {}
         decay = self.curriculum.decay
         for name, held in _by_domain((s, s.success) for s in samples).items():
-            mean = sum(held) / len(held)
-            self.success[name] = decay * self.success.get(name, mean) + (1.0 - decay) * mean
+            solved, played = self.seen.get(name, (0.0, 0.0))
+            self.seen[name] = (decay * solved + sum(held), decay * played + len(held))
         self._share()
         moved = {} if self.curriculum.kind == "fixed" else {"weight": self.mixture.weights}
         told = {**moved, "scale": {name: self.scale(name) for name in self.spreads}}
         return {f"{DOMAIN}/{name}/{figure}": x for figure, held in told.items() for name, x in held.items()}
+
+    @property
+    def success(self) -> dict[str, float]:
+        """Running success of the domains that were seen."""
+        return {name: solved / played for name, (solved, played) in self.seen.items()}
 
     def _share(self) -> None:
         if self.mixture is not None:
@@ -141,11 +147,12 @@ class Domains:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"success": dict(self.success), "spreads": {name: list(x) for name, x in self.spreads.items()}}
+        held: dict[str, Mapping[str, tuple[float, ...]]] = {"seen": self.seen, "spreads": self.spreads}
+        return {figure: {name: list(x) for name, x in found.items()} for figure, found in held.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
-        self.success = dict(state["success"])
+        self.seen = {name: (x[0], x[1]) for name, x in state["seen"].items()}
         self.spreads = {name: Spread(*x) for name, x in state["spreads"].items()}
         self._share()
 
