@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from agentgym.errors import Fault
 from agentgym.policy import Load
 from agentgym.testing.fakes import CountingEnv
-from agentgym_trainers.journal import Journal
+from agentgym_trainers.journal import Journal, Standing
 from agentgym_trainers.pipeline import Pipeline
 from agentgym_trainers.rollouts import Played, TaskCursor, Unit
 from agentgym_trainers.schedule import Schedule
@@ -73,7 +73,7 @@ class Run:
     def __init__(self, folder: Path, rollouts: Rollouts, *, batch: int, max_staleness: int, updates: int) -> None:
         self.folder, self.rollouts, self.updates = folder, rollouts, updates
         self.batch, self.max_staleness = batch, max_staleness
-        self.position = self.begun = 0
+        self.position, self.stood = 0, Standing()
         self.learnt: list[list[int]] = []
         """Units by update, in the weights that the learner holds."""
 
@@ -82,10 +82,10 @@ class Run:
         schedule = Schedule(
             batch=self.batch, max_staleness=self.max_staleness, updates=self.updates, version=self.position
         )
-        schedule.next, self.rollouts.version = self.begun, self.position
+        schedule.next, self.rollouts.version = self.stood.begun, self.position
         del self.learnt[self.position :]
         with closing(Journal(self.folder, self.position)) as journal:
-            cursor = TaskCursor(CountingEnv(), 0)
+            cursor = TaskCursor(CountingEnv(), 0, self.stood.drawn)
             yield Pipeline(self.rollouts, cursor, schedule, journal, deals=1, most=places)
 
     async def live(self, line: Pipeline, step: float, every: int) -> None:
@@ -100,10 +100,10 @@ class Run:
             self.rollouts.version += 1
             line.advance()
             if len(self.learnt) % every == 0:
-                begun = line.schedule.next
+                stood = line.standing
                 line.journal.begin(len(self.learnt), line.open())
                 await asyncio.sleep(step)
-                self.position, self.begun = len(self.learnt), begun
+                self.position, self.stood = len(self.learnt), stood
                 line.journal.prune(self.position)
 
     def check(self) -> None:
