@@ -30,7 +30,7 @@ from agentgym.errors import unknown
 from agentgym.testing.fakes import LATENCIES, CountingEnv
 from agentgym_trainers.journal import Journal
 from agentgym_trainers.pipeline import Pipeline
-from agentgym_trainers.rollouts import TaskCursor
+from agentgym_trainers.rollouts import Played, TaskCursor
 from agentgym_trainers.schedule import Schedule
 from agentgym_trainers.simulated import SimulatedLearner, SimulatedPlayer
 
@@ -128,10 +128,9 @@ def run(case: Case, player: SimulatedPlayer, learner: SimulatedLearner) -> Outco
 async def _trained(case: Case, player: SimulatedPlayer, learner: SimulatedLearner, journal: Journal) -> Outcome:
     cursor, schedule = TaskCursor(CountingEnv(), 0), case.schedule()
     line = Pipeline(player, cursor, schedule, journal, deals=1, most=case.places)
-    began, worst = time.perf_counter(), 0
+    began, learnt = time.perf_counter(), list[list[Played]]()
     for update in range(case.updates):
-        played = await line.take()
-        worst = max(worst, *(update - unit.oldest(update) for unit in played))
+        learnt.append(await line.take())
         await learner.learn(update)
         line.advance()
         if (update + 1) % CHECKPOINT == 0:
@@ -140,7 +139,7 @@ async def _trained(case: Case, player: SimulatedPlayer, learner: SimulatedLearne
     seconds = time.perf_counter() - began
     await line.close()
     journal.close()
-    counts = Counter(line.counts)
+    counts, worst = Counter(line.counts), max(n - unit.oldest(n) for n, units in enumerate(learnt) for unit in units)
     counts["dropped"] += counts["begun"] - counts["taken"] - counts["cancelled"]
     return Outcome(seconds=seconds, staleness=worst, counts=counts)
 

@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -117,6 +117,7 @@ class SimulatedPlayer:
 
     Its records are real: `turns` turns of `tokens` sampled ids under the unit's version. The episodes of units in
     `failed` are failures; the play of those in `raises` raises `Fault`. It serves any number of units at once.
+    `seconds(number, tasks=1)` is how long a unit lasts: known before it is played, so a simulation can count with it.
     """
 
     def __init__(
@@ -134,11 +135,7 @@ class SimulatedPlayer:
         self.group, self.turns, self.tokens, self.seed = group, turns, tokens, seed
         self.failed, self.raises = failed, raises
         self.running = 0
-        self._groups = lru_cache(maxsize=64)(self._made)
-
-    def seconds(self, number: int, tasks: int = 1) -> float:
-        """How long unit `number` lasts: known before it is played, so a simulation can count with it."""
-        return max(self.latency(share("unit", self.seed, number, member)) for member in range(self.group * tasks))
+        self.seconds, self._groups = cache(self._seconds), lru_cache(maxsize=64)(self._made)
 
     async def play(self, unit: Unit) -> Played:
         """What the unit came to, after its latency. Raises `Fault` where it was told to."""
@@ -152,6 +149,9 @@ class SimulatedPlayer:
             raise Fault(f"unit {unit.number} was told to raise")
         found = self._groups(unit.version, unit.number in self.failed)
         return Played(number=unit.number, groups=[found] * len(unit.tasks), began=began, ended=time.time())
+
+    def _seconds(self, number: int, tasks: int = 1) -> float:
+        return max(self.latency(share("unit", self.seed, number, member)) for member in range(self.group * tasks))
 
     def load(self) -> Load:
         """Nothing ever waits here: how many units are played at once is the pipeline's `most`."""
