@@ -8,6 +8,7 @@ resume=..., progress=...)`, which calls `progress(phase, done, total, figures)` 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from argparse import Namespace
@@ -79,6 +80,9 @@ def free_folder(parent: Path, name: str) -> Path:
 
 
 def _train(trainer: Any, config: Any, folder: Path, as_json: bool) -> int:
+    if os.environ.get("RANK", "0") != "0":  # of several that torchrun started, the first has the folder and speaks
+        trainer.train(config, folder, resume=config is None)
+        return 0
     if config is not None and folder.exists() and any(folder.iterdir()):
         raise StoreError(
             f"{folder} holds something already; continue it with --resume {folder}, or choose another --out"

@@ -33,12 +33,11 @@ from agentgym.types import Trajectory, WeightsVersion, iterate
 from agentgym_trainers import config as configs
 from agentgym_trainers import figures, language, sft
 from agentgym_trainers.config import Config
+from agentgym_trainers.crew import Crew, joined
 from agentgym_trainers.figures import Figures
-from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.mixtures import make_env, reward_of
-from agentgym_trainers.objective.declare import IMITATION, Objective
 from agentgym_trainers.plan import Plan, plan
-from agentgym_trainers.reinforce import Reinforcement, needs_initial, player, refuse
+from agentgym_trainers.reinforce import needs_initial, player, refuse
 from agentgym_trainers.remote import Remote
 from agentgym_trainers.rollouts import Rollouts
 from agentgym_trainers.state import SUMMARY, Stage, State, Stateful, position, require_free, steps_of
@@ -86,16 +85,23 @@ class PolicyGradient:
         Also works inside a running event loop. Interrupting leaves a folder that can be resumed.
         """
         path = Path(out)
-        if resume and (path / SUMMARY).is_file():
-            return msgspec.json.decode((path / SUMMARY).read_bytes(), type=RunSummary)
-        if not resume:
-            require_free(path)
-        if not resume and config is None:
-            raise StoreError(f"nothing to train in {path}: give a config, or resume")
         with ExitStack() as stack:
+            crew = stack.enter_context(joined())
+            if crew.follows:
+                return _summary(crew.follow(path))
+            if resume and (path / SUMMARY).is_file():
+                return _summary(path)
+            if not resume:
+                require_free(path)
+            if not resume and config is None:
+                raise StoreError(f"nothing to train in {path}: give a config, or resume")
             state = stack.enter_context(State.resume(path) if config is None or resume else State.begin(config, path))
             stack.enter_context(_torch_settings(state.config))
-            return _run(_Training(state, progress or _silent).run)
+            return _run(_Training(state, progress or _silent, crew).run)
+
+
+def _summary(path: Path) -> RunSummary:
+    return msgspec.json.decode((path / SUMMARY).read_bytes(), type=RunSummary)
 
 
 def _silent(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
@@ -132,8 +138,8 @@ def _torch_settings(config: Config) -> Iterator[None]:
 class _Training:
     """One run under way."""
 
-    def __init__(self, state: State, progress: Progress) -> None:
-        self.state, self.progress = state, progress
+    def __init__(self, state: State, progress: Progress, crew: Crew) -> None:
+        self.state, self.progress, self.crew = state, progress, crew
         self.config = config = state.config
         self.env: Environment = make_env(config)
         refuse(config, self.env)
@@ -143,7 +149,9 @@ class _Training:
         self.updates: Updates | None = None
 
     async def run(self) -> RunSummary:
-        self.model = language.make(self.config, self.env, self.state.weights, await self._texts())
+        weights, texts = self.state.weights, await self._texts()
+        self.model = language.make(self.config, self.env, weights, texts)
+        self.crew.begin(self.config, self.env, self.model, self.state.folder.path, weights, texts)
         await self.model.publish(WeightsVersion(number=self.state.position))
         try:
             return await self._phases()
@@ -213,16 +221,11 @@ class _Training:
         self.state.journal.begin(position(self.config, phase, step), line.open())
         await self.updates.off_loop(self.state.save, stage, tensors, self.model)
 
-    def _learner(self, objective: Objective, optim: Optim, steps: int) -> Learner:
-        return Learner(
-            self.model, objective, optim, total_steps=steps, seed=self.config.run.seed, blank=self.model.blank
-        )
-
     async def _warm_up(self) -> None:
         c = self.config.warmup
         if self.state.steps_done("warmup") >= c.steps:
             return
-        learner = self._learner(IMITATION, c.optim, c.steps)
+        learner = self.crew.learner("warmup")
         tokens = sft.plain_tokens(self.model.renderer.tokenizer)
 
         async def one(step: int) -> Figures:
@@ -236,7 +239,7 @@ class _Training:
             return
         played = await sft.demonstrate(self.config, self.env, c.demonstrations)
         shown = [sft.with_spans(self.model.renderer, t) for t in played]
-        learner = self._learner(c.objective, c.optim, c.steps * c.optim.epochs * c.optim.minibatches)
+        learner = self.crew.learner("sft")
 
         async def one(step: int) -> Figures:
             chosen = sft.batch_of(shown, c.batch, seed, step)
@@ -247,7 +250,7 @@ class _Training:
     async def _reinforce(self) -> None:
         config, env, model = self.config, self.env, self.model
         initial = self._initial() if needs_initial(config, reward_of(config, env).derived) else None
-        phase = Reinforcement(config, env, model, initial, self.counts)
+        phase = self.crew.learner("rl", initial, self.counts)
         rollouts: Rollouts | Remote
         if config.run.processes == 2:
             rollouts = Remote(config, model, self.state.folder.path, self.counts)
