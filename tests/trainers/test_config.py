@@ -40,7 +40,7 @@ SHAPED = {"op": "potential", "name": "phi", "gamma": 0.9}
         ({"advantage": [{"centre": "middle"}]}, "middle"),
         ({"rollout": {"limits": {"max_turn": 3}}}, r"rollout\.limits\.max_turn"),
         ({"rollout": {"group_size": 1}}, "no baseline"),
-        ({"rollout": {"max_staleness": 1}}, "synchronous"),
+        ({"rollout": {"max_staleness": -1}}, "at least 0; got -1"),
         ({"env": {"id": 3}}, r"env\.id"),
         (
             {"reward": {"op": "potential", "name": "phi", "gamma": 0.9}, "advantage": [{"credit": "return_to_go"}]},

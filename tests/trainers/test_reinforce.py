@@ -19,7 +19,7 @@ from agentgym_trainers.state import MODEL
 
 QUIET = {"warmup": {"steps": 0}, "eval": {"episodes": 0}, "run": {"steps": 4, "threads": 1, "checkpoint_every": 2}}
 GAE = [{"key": "none", "centre": "none", "scale": "tokens", "credit": "gae", "lam": 0.9}]
-CLOCKED = ("seconds", "sampled_per", "timeline", "engine", "units")
+CLOCKED = ("seconds", "sampled_per", "timeline", "engine", "units", "learn_tokens", "mfu")
 """Figures that hang on the clock."""
 KL_PAID = {"op": "weighted_sum", "of": {"hit": 1.0, "policy.kl": -0.1, "policy.tokens": -0.01}}
 PRICED = {

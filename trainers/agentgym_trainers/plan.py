@@ -111,7 +111,8 @@ def _memory(config: Config, model: Any) -> dict[str, float]:
         found["engine"] = base + 4 * adapters
     if r.behaviour == "recomputed":
         found["versions"] = each * moving * (r.max_staleness + 1) / shards
-    if needs_initial(config, composer(config.reward).derived if config.reward else ()):
+    declared = [d for d in (config.reward, *(part.reward for part in config.mixture)) if d]
+    if needs_initial(config, [name for d in declared for name in composer(d).derived]):
         found["reference"] = 4 * adapters or base
     if config.model.teacher:
         found["teacher"] = size * build.parameters(_read(config.model.teacher))

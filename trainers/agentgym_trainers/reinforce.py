@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,10 +23,11 @@ from torch import Tensor
 from agentgym.advantages import AdvantageState, advantages, critic_targets
 from agentgym.env import Environment, require
 from agentgym.modeling import build
+from agentgym.modeling.flops import utilisation
 from agentgym.modeling.renderer import Renderer
 from agentgym.rewards import derived
 from agentgym.types import Trajectory
-from agentgym_trainers import language, sft, strategies
+from agentgym_trainers import language, ranks, sft, strategies
 from agentgym_trainers.candidates.learner import CandidateLearner
 from agentgym_trainers.config import Config
 from agentgym_trainers.critic import Critic
@@ -131,9 +133,17 @@ class Reinforcement:
         groups = self._rewarded([group for unit in played for group in unit.groups])
         samples = self.domains.scaled(self.buffer.take(groups, version))
         self.buffer.counts["aside"] += sum(len(unit.aside) for unit in played)
+        began = time.perf_counter()
         found = self._update(samples, version) if samples else {}
+        found |= self._speed(samples, time.perf_counter() - began) if samples else {}
         everyone = [sample for group in groups for sample in group]
         return Learned({**found, **self._price(everyone), **self.domains.update(everyone)}, everyone)
+
+    def _speed(self, samples: Sequence[Sample], seconds: float) -> Figures:
+        """Tokens a second, and the share of what the machine could have computed."""
+        learnt = [s.trajectory for s in samples if s.train]
+        epochs, count = self.config.optim.epochs, ranks.count()
+        return utilisation(self.model.module(), learnt, seconds, epochs=epochs, ranks=count)
 
     def _rewarded(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with what only the models know in their rewards: `policy.kl`, of the policy as it is now."""
