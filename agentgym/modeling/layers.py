@@ -1,17 +1,19 @@
-"""The stack of decoder layers of a model: found, cut short, and run again in the backward pass."""
+"""The stack of decoder layers of a model: found, cut short, run again in the backward pass, compiled in part."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from shutil import which
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from agentgym.errors import ModelError
+from agentgym.errors import ConfigError, ModelError
 
 
 def layers_of(model: Any) -> nn.ModuleList:
@@ -58,3 +60,26 @@ def _checkpointed(forward: Callable[..., Any], hidden: Tensor, *args: Any, **opt
     if not torch.is_grad_enabled() or options.get("past_key_values") is not None:
         return forward(hidden, *args, **options)
     return checkpoint(forward, hidden, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def compile_layers(model: Any, backend: str = "inductor") -> None:
+    """Run norms and MLPs of the layers through torch.compile, in passes with gradients alone: an engine that shares the
+    module decodes as before. Copies of the model are for passes without gradients.
+
+    Attention stays as it is: its blocks change shape with every batch, and a layer compiled around them took minutes to
+    compile. `ConfigError` where the CPU has no C++ compiler.
+    """
+    tools = (os.environ.get("CXX"), "g++", "clang++", "cl")
+    on_cpu = backend == "inductor" and next(model.parameters()).device.type == "cpu"
+    if on_cpu and not any(which(tool) for tool in tools if tool):
+        raise ConfigError(
+            "model.compile needs a C++ compiler on the CPU (g++, clang++ or $CXX); install one or drop it"
+        )
+    parts = (part for layer in layers_of(model) for part in layer.children() if not hasattr(part, "q_proj"))
+    for part in parts:
+        compiled = torch.compile(part.forward, dynamic=True, backend=backend)
+        part.forward = partial(_learning, compiled, part.forward)
+
+
+def _learning(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else plain)(*args, **options)

@@ -12,13 +12,14 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import MistralConfig, MistralForCausalLM
 
-from agentgym.errors import ModelError
+from agentgym.errors import ConfigError, ModelError
 from agentgym.modeling import build
-from agentgym.modeling.layers import checkpoint_layers, layers_of
+from agentgym.modeling.layers import checkpoint_layers, compile_layers, layers_of
 from agentgym.modeling.logprobs import packed_hidden
 
 BOUNDS = np.array([0, 40, 57, 90])
 POSITIONS = np.concatenate([np.arange(n) for n in np.diff(BOUNDS)]).astype(np.int32)
+WEIGHTS = torch.randn(90, 32, generator=torch.Generator().manual_seed(0))
 IDS = np.random.default_rng(0).integers(0, 50, 90).astype(np.int32)
 
 
@@ -46,7 +47,7 @@ def differentiate(model: Any) -> tuple[int, dict[str, torch.Tensor]]:
         return x
 
     with saved_tensors_hooks(keep, lambda x: x):
-        loss = hidden(model).square().sum()
+        loss = (hidden(model) * WEIGHTS).sum()
     loss.backward()
     return kept, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -84,3 +85,24 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model.config.num_hidden_layers = 7
     with pytest.raises(ModelError, match="no list of 7 layers"):
         checkpoint_layers(model)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_layers_learn_the_same_and_leave_other_passes_alone() -> None:
+    """Traced and differentiated as for the real thing, without its minute of C++."""
+    plain, model = (build.tiny(50, hidden=32, layers=1) for _ in range(2))
+    compile_layers(model, backend="aot_eager")
+    checkpoint_layers(model)
+    _, expected = differentiate(plain)
+    _, found = differentiate(model)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(hidden(model), hidden(plain))
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
+        compile_layers(build.tiny(50, hidden=16, layers=1))

@@ -13,7 +13,7 @@ from agentgym.collate import collate
 from agentgym.env import Environment
 from agentgym.errors import ConfigError
 from agentgym.modeling import build, lora, tokenizer
-from agentgym.modeling.layers import checkpoint_layers
+from agentgym.modeling.layers import checkpoint_layers, compile_layers
 from agentgym.modeling.renderer import Renderer
 from agentgym.types import WeightsVersion
 from agentgym_trainers.config import Config
@@ -86,6 +86,8 @@ def parts(
         lora.add(model, found.lora, seed=config.run.seed)
         if checkpoint:
             lora.load(model, checkpoint / build.ADAPTER)
+    if found.compile:
+        compile_layers(model)
     if found.checkpointing:
         checkpoint_layers(model)
     return model, Renderer(tokens, found.history, template=found.template or None)
