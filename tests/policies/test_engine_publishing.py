@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from agentgym.errors import ConfigError
-from agentgym.modeling import build
+from agentgym.modeling import build, lora
 from agentgym.modeling.layers import checkpoint_layers
 from agentgym.modeling.renderer import Renderer
 from agentgym.modeling.tokenizer import closed_vocabulary
@@ -110,6 +110,21 @@ async def test_a_copy_of_a_model_with_checkpointed_layers_runs_layers_of_its_own
     assert gaps(tiny(0), await play(who, 1)).max() < ATOL
     assert not any(p.requires_grad for p in who.model.parameters())
     assert all(p.requires_grad for p in model.parameters())
+
+
+async def test_a_model_with_adapters_is_copied_with_them() -> None:
+    pytest.importorskip("peft", reason="needs the extra [lora]")
+    model = tiny(0)
+    lora.add(model, lora.Lora(rank=2))
+    who = serving(model)
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.add_(torch.ones_like(p), alpha=0.1)
+    assert gaps(tiny(0), await play(who, 1)).max() < ATOL
+    await who.publish(NEW)
+    spans = await play(who, 1)
+    assert gaps(model, spans).max() < ATOL
+    assert gaps(tiny(0), spans).max() > 0.01
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
