@@ -140,7 +140,10 @@ class Reinforcement:
         return Learned({**found, **self._price(everyone), **self.domains.update(everyone)}, everyone)
 
     def _speed(self, samples: Sequence[Sample], seconds: float) -> Figures:
-        """Tokens a second, and the share of what the machine could have computed."""
+        """Tokens a second, and the share of what the machine could have computed; nothing for a table of probabilities
+        in a model's place."""
+        if not hasattr(self.model.module(), "get_input_embeddings"):
+            return {}
         learnt = [s.trajectory for s in samples if s.train]
         epochs, count = self.config.optim.epochs, ranks.count()
         return utilisation(self.model.module(), learnt, seconds, epochs=epochs, ranks=count)
