@@ -163,7 +163,8 @@ class Pipeline:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         if not task.cancelled():
-            self._error = self._error or task.exception()
+            error = task.exception()
+            self._error = self._error or error
             self._guarded(self._fill)
         self._wake.set()
 
