@@ -207,6 +207,11 @@ class Sampling(Record, frozen=True, kw_only=True):
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
 
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the raw model distribution."""
+        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0
+
 
 class VersionRun(Record, frozen=True, kw_only=True, array_like=True):
     """From token `start` of the sampled ids on, `version` of the weights was at work."""

@@ -37,11 +37,6 @@ def check(sampling: Sampling) -> Sampling:
     return sampling
 
 
-def plain(sampling: Sampling) -> bool:
-    """Whether tokens are drawn from the raw model distribution."""
-    return sampling.temperature == 1.0 and sampling.top_p == 1.0 and sampling.top_k == 0
-
-
 def processed_logprobs(logprobs: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """[R, V] raw log-probs -> those of the distribution drawn from, -inf where cut: temperature, top-k, top-p."""
     device = logprobs.device
@@ -93,7 +88,7 @@ def draw(
     """One token per row. `keys` and `positions` (index within the reply) give the noise; a `forced` id is not drawn,
     and its second log-prob is for whoever forced it to say."""
     raw = logits.float().log_softmax(-1)
-    processed = raw if all(map(plain, samplings)) else processed_logprobs(raw, samplings)
+    processed = raw if all(s.plain for s in samplings) else processed_logprobs(raw, samplings)
     noise = uniforms(np.array(keys, np.uint64), np.array(positions, np.int64))
     chosen = invert(processed, noise)[:, None]
     for row, token in enumerate(forced or ()):

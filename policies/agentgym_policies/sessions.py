@@ -18,7 +18,7 @@ from agentgym.errors import ConfigError, EngineFault, ModelError
 from agentgym.modeling.renderer import Conversation, Prompt, Renderer, with_hint
 from agentgym.policy import left
 from agentgym.types import Action, Episode, Floats, Guidance, Ids, Observation, Sampling, TokenSpan, VersionRun
-from agentgym_policies.sampling import check, plain
+from agentgym_policies.sampling import check
 
 
 class Engine(Protocol):
@@ -196,7 +196,7 @@ class TokenSession(ABC, Generic[E]):
             ids=Ids(reply.ids),
             suffix=Ids(self.conversation.reply(reply.ids)),
             logprobs=Floats(reply.logprobs),
-            sampled_logprobs=Floats() if plain(call.sampling) and not call.begin else Floats(reply.processed),
+            sampled_logprobs=Floats() if call.sampling.plain and not call.begin else Floats(reply.processed),
             versions=tuple(reply.versions),
             segments=self.engine.renderer.segments_of(reply.ids),
             sampling=call.sampling,

@@ -124,7 +124,7 @@ def engine(config: Config, model: Any, renderer: Renderer, *, shared: bool | Non
     target = registry.load(r.engine, "policies")
     kind = getattr(target, "__self__", target)
     if not hasattr(kind, "serving"):
-        raise ConfigError(f"rollout.engine = {r.engine!r} cannot serve a run's own model; 'torch' can")
+        raise ConfigError(f"rollout.engine = {r.engine!r} cannot serve a run's own model; 'torch' and 'vllm' can")
     registry.check_keywords("engine option", kind.serving, r.engine_options)
     return kind.serving(
         model,

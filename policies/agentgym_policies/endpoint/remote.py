@@ -10,7 +10,7 @@ from agentgym.errors import EngineFault, RecordError, unknown
 from agentgym.policy import Load
 from agentgym.types import Sampling
 from agentgym_policies.endpoint.client import Client, Refused, Usage
-from agentgym_policies.endpoint.wire import A, Chat, Models, Spent, Text, Tokens, completions, encoded, plain, reader
+from agentgym_policies.endpoint.wire import A, Chat, Models, Spent, Text, Tokens, completions, encoded, reader
 
 Record = Literal["auto", "require", "off"]
 FULL = ("context_length_exceeded", "maximum context length", "maximum model length", "exceeds the available context")
@@ -87,12 +87,12 @@ class Remote:
 
     def _asks(self, sampling: Sampling) -> bool:
         """Whether to ask for tokens."""
-        if self.tokens == "require" and not plain(sampling):
+        if self.tokens == "require" and not sampling.plain:
             raise RecordError(
                 f"tokens='require' needs temperature 1, top_p 1 and top_k 0, got {sampling}: a server does not say"
                 " under which probabilities it drew otherwise; sample so, or tokens='off' to evaluate only"
             )
-        return not self.refusal and plain(sampling)
+        return not self.refusal and sampling.plain
 
     def _checked(self, found: Tokens | str) -> Tokens | None:
         """The tokens; where a field is missing, none ever after, or a `RecordError`."""

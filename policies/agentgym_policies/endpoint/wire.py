@@ -37,11 +37,6 @@ def drawn(sampling: Sampling) -> dict[str, Any]:
     return found
 
 
-def plain(sampling: Sampling) -> bool:
-    """Whether tokens are drawn from the raw model distribution: then the server's log-probs are those drawn from."""
-    return sampling.temperature == 1.0 and sampling.top_p == 1.0 and not sampling.top_k
-
-
 def wired(messages: Sequence[Message], open: Sequence[str]) -> list[dict[str, Any]]:
     """New messages as the protocol wants them behind a reply that called tools (`open`: the ids of those calls).
 
