@@ -19,7 +19,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, contextmanager
-from math import inf
+from math import inf, isfinite
 from time import perf_counter
 from typing import Any, get_args
 
@@ -513,6 +513,7 @@ class _Play:
         observations = await env.reset(self.episode.task)
         if not observations:
             raise EnvironmentFault("reset gave nobody an observation: nobody can act")
+        _require_seen(observations)
         while True:
             now = perf_counter()
             slot.deadline = min(now + turn_seconds, slot.episode_deadline)
@@ -541,7 +542,8 @@ class _Play:
     def _over(self, result: StepResult, budget: int | None) -> bool:
         """Whether the episode ended with this step; terminated goes before truncated."""
         if result.metrics:
-            self.metrics.update(result.metrics)
+            self.metrics.update(_finite(result.metrics))
+        _require_seen(result.observations)
         if not (result.terminated or result.truncated):
             if not result.observations:
                 raise EnvironmentFault("the step ended nothing and gave nobody an observation: nobody can act next")
@@ -575,6 +577,19 @@ class _Play:
             await asyncio.gather(*asked, return_exceptions=True)
             raise
         return {agent: _checked(agent, action) for agent, action in zip(observations, found, strict=True)}
+
+
+def _require_seen(observations: Mapping[str, object]) -> None:
+    for agent, seen in observations.items():
+        if not isinstance(seen, Observation):
+            raise EnvironmentFault(f"{agent!r} was given {type(seen).__name__}, not an Observation")
+
+
+def _finite(metrics: Mapping[str, float]) -> Mapping[str, float]:
+    for name, value in metrics.items():
+        if not isfinite(value):
+            raise EnvironmentFault(f"metric {name!r} is {value}: a metric is a finite number")
+    return metrics
 
 
 def _checked(agent: str, action: object) -> Action:

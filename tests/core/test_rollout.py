@@ -292,10 +292,31 @@ class NotANumber(CountingEnv):
         return StepResult(rewards=(RewardTerm(name="score", value=float("nan")),), terminated=True)
 
 
-@pytest.mark.parametrize(("env", "said"), [(Silent(), "nobody can act next"), (NotANumber(), "'score' is nan")])
+class Nonsense(CountingEnv):
+    """Ends with this answer, which no record can be."""
+
+    def __init__(self, **answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    async def step(self, actions: Mapping[str, Action]) -> StepResult:
+        return StepResult(**self.answer, terminated=True)
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        (Silent(), "nobody can act next"),
+        (NotANumber(), "'score' is nan"),
+        (Nonsense(metrics={"success": float("nan")}), "metric 'success' is nan"),
+        (Nonsense(metrics={"success": "yes"}), "must be real number"),
+        (Nonsense(observations={"agent": "go on"}), "'agent' was given str, not an Observation"),
+    ],
+)
 async def test_a_broken_answer_of_an_environment_is_its_fault(env: Environment, said: str) -> None:
     (found,) = await Runner(env, FakePolicy(), retries=0).collect(first(env, 1))
     assert found.failure is not None
+    assert found.failure.kind == "environment"
     assert said in found.failure.message
 
 

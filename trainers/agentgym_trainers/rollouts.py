@@ -22,7 +22,7 @@ from agentgym.policy import Load, Loaded, Policy, Publishes
 from agentgym.rewards import Composed, derived, judges
 from agentgym.rollout import Runner
 from agentgym.seeding import key
-from agentgym.types import Episode, Record, Task, Trajectory, WeightsVersion
+from agentgym.types import Episode, Failure, Record, Task, Trajectory, Turns, WeightsVersion, decode, encode
 from agentgym_trainers import strategies
 from agentgym_trainers.config import Config
 from agentgym_trainers.mixtures import reward_of
@@ -174,7 +174,7 @@ class Rollouts:
 
     async def _play(self, found: Sequence[Episode], policy: Policy | None) -> list[Sample]:
         r = self.config.rollout
-        collected = await self._runner(policy or self.policy).collect(found)
+        collected = [readable(t) for t in await self._runner(policy or self.policy).collect(found)]
         played = await judges.judged(self.judge, collected, concurrency=r.concurrency, retries=r.retries)
         return [Sample(t, None if t.status == "failed" else self._composed(t)) for t in played]
 
@@ -189,6 +189,20 @@ class Rollouts:
         return Runner(
             self.env, policy, concurrency=r.concurrency, limits=r.limits, retries=r.retries, sampling=sampling
         )
+
+
+def readable(trajectory: Trajectory) -> Trajectory:
+    """The trajectory, or a failed one without contents where an environment put something into it that a run's folder
+    could not give back: one such record would cost all that stand beside it."""
+    try:
+        decode(encode(trajectory), Trajectory)
+    except (msgspec.ValidationError, TypeError) as error:
+        failure = Failure(kind="environment", message=f"what it answered is no record: {error}", step=0)
+        bare: Trajectory = trajectory.replace(
+            status="failed", failure=failure, turns=Turns(items=()), final={}, metrics={}, labels={}
+        )
+        return bare
+    return trajectory
 
 
 def require_outcomes(played: Sequence[Played]) -> None:
