@@ -22,7 +22,7 @@ test: $(READY)
 # On the CPU build, embedded and as a server. Warnings are vLLM's own; a start takes half a minute on two cores.
 test-vllm: $(SERVES)
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm -o filterwarnings=default -o timeout=300 $(ARGS)
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm -o filterwarnings=default -o timeout=600 $(ARGS)
 
 vllm: $(SERVES)
 

@@ -57,7 +57,7 @@ class Vllm(ABC):
     """A policy on vLLM, and its weights' way there; see the module.
 
     `seed` enters every reply's own seed with (episode.seed, episode.member, agent, turn). vLLM's numbers depend on who
-    shares a batch: the same seed gives nearly the same log-probs, so nearly always the same ids, and never more.
+    shares a batch: the same seed gives nearly the same log-probs and so, nearly always, the same ids; no more.
     Log-probs: `sampled_logprobs` are of the distribution drawn from and `logprobs` raw, both as computed while
     sampling. Stop strings end a reply at the token that completes them. `begin` costs a pass over the whole prompt.
     """

@@ -74,7 +74,10 @@ class VllmServer(Vllm):
         cores: Sequence[int] = (),
         **options: Any,
     ) -> Self:
-        """The engine of a training run: the server takes the module's weights at once and at each `publish`."""
+        """The engine of a training run: the server takes the module's weights at once and at each `publish`.
+
+        `threads` are for engines in this process: the server's are chosen where it is started, as its cores are.
+        """
         refuse(deterministic, stale_caches)
         if not url or cores:
             raise ConfigError(

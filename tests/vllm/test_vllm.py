@@ -103,7 +103,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             member.kill()
 
 
-def _answers(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> None:
+def _answers(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 480) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):

@@ -29,7 +29,7 @@ def test_an_asynchronous_run_learns_from_what_vllm_sampled(tmp_path: Path) -> No
     command = [str(agentgym), "train", "shopping/smoke", "--out", str(run)]
     for name, value in SMALL.items():
         command += ["--set", f"{name}={value}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if line.get("phase") == "rl"]
