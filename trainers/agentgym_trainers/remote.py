@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ from agentgym.modeling.threads import check_cores
 from agentgym.policy import Load
 from agentgym.processes import exit_reason
 from agentgym.types import WeightsVersion
+from agentgym_trainers import wire
 from agentgym_trainers.config import Config
 from agentgym_trainers.language import LanguageModel
 from agentgym_trainers.rollouts import Played, Unit
 from agentgym_trainers.shared import Block
-from agentgym_trainers.wire import Answer, Ask, Beat, Channel, Drop, FromWorker, Publish, Reprice, Restore, Setup
-from agentgym_trainers.wire import Trouble as Trouble
+from agentgym_trainers.wire import Answer, Ask, Beat, Drop, Message, Publish, Reprice, Restore, Setup, Trouble
 
 log = logging.getLogger("agentgym")
 
@@ -47,8 +48,8 @@ HOME = "worker"
 """The folder inside a run's where a worker finds tokenizer and architecture; it is there while the worker is."""
 RESTARTS = 3
 """Workers in a row that may die without finishing a unit, before the run stops."""
-PATIENCE = 5.0
-"""Seconds that a worker has for ending by itself."""
+PATIENCE = 10.0
+"""Seconds that a worker has for cleaning up when it is asked to end, and for being gone then."""
 QUIET = 60.0
 """Seconds without a sign of life after which a worker that is alive is reported. It is not ended: deadlines of
 episodes are the affair of the runner inside it."""
@@ -200,23 +201,23 @@ class Life:
         self.died, self.ended, self.ready = died, "", False
         self.load = Load()
         self.waiting: dict[int, asyncio.Future[Any]] = {}
-        self._asked = 0
-        self._channel: Channel | None = None
+        self._numbers = count(wire.SETUP)
+        self._channel: wire.Channel | None = None
         self._listening: asyncio.Task[None] | None = None
         self._closing = False
 
     async def open(self) -> None:
-        self._channel = await Channel.over(self._end, FromWorker)
+        self._channel = await wire.Channel.over(self._end, wire.FromWorker)
         self._listening = asyncio.create_task(self._listen(self._channel))
 
     async def ask(self, what: Setup | Unit | Publish) -> Any:
         """Its answer. Raises what it met, and `Died` where it ended first; a cancelled wait is called off there too."""
         if self.ended:
             raise Died(self.ended)
-        self._asked = number = self._asked + 1
+        number = next(self._numbers)
         self.waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            self.tell(Ask(id=number, what=what))
+            self.tell(what if isinstance(what, Setup) else Ask(id=number, what=what))
             return await self.waiting[number]
         except asyncio.CancelledError:
             self.tell(Drop(id=number))
@@ -224,21 +225,25 @@ class Life:
         finally:
             del self.waiting[number]
 
-    def tell(self, message: Ask | Drop | Reprice | Restore) -> None:
+    def tell(self, message: Message) -> None:
         assert self._channel is not None
         self._channel.send(message)
 
     async def close(self) -> None:
         """End it, in order where it can."""
         self._closing = True
+        if not self.ready:
+            self.process.kill()
         if self._channel is None or self._listening is None:
             self._end.close()
             await asyncio.to_thread(self._reap)
-        else:
-            self._channel.close()
-            await self._listening
+            return
+        self._channel.end()
+        await asyncio.wait({self._listening}, timeout=PATIENCE)
+        self._channel.close()
+        await self._listening
 
-    async def _listen(self, channel: Channel) -> None:
+    async def _listen(self, channel: wire.Channel) -> None:
         try:
             while (message := await self._next(channel)) is not None:
                 self._hear(message)
@@ -252,7 +257,7 @@ class Life:
                 if not future.done():
                     future.set_exception(Died(self.ended))
 
-    async def _next(self, channel: Channel) -> Answer | Beat | None:
+    async def _next(self, channel: wire.Channel) -> Answer | Beat | None:
         heard = asyncio.ensure_future(channel.receive())
         while not (await asyncio.wait({heard}, timeout=QUIET))[0]:
             log.warning("nothing was heard of the rollouts' process %d for %.0f s", self.process.pid, QUIET)

@@ -25,18 +25,23 @@ from agentgym_trainers.shared import Place
 _HEAD = struct.Struct("<I")
 _LIMIT = 2**22
 """Bytes read ahead of the frame that is waited for."""
+SETUP = 0
+"""The number of the first answer."""
 
 
 class Message(Record, frozen=True, kw_only=True, tag=True):
-    """Told apart by their names."""
+    """What may be sent."""
 
 
 # --- to the worker ----------------------------------------------------------------------------------------------
 
 
 class Setup(Message, frozen=True, kw_only=True):
-    """Be the rollout side of this run. `model`, `reference`: folders; `fd`, `places`: the block of weights; `path`,
-    `registered`: where the learner's process finds modules, and with which arguments it registered names itself."""
+    """The first message: be the rollout side of this run. Answered under the number `SETUP`.
+
+    `model`, `reference`: folders; `fd`, `places`: the block of weights; `path`, `registered`: where the learner's
+    process finds modules, and the arguments with which it registered names itself.
+    """
 
     config: dict[str, Any]
     model: str
@@ -58,7 +63,7 @@ class Ask(Message, frozen=True, kw_only=True):
     """Do this, and answer under this number."""
 
     id: int
-    what: Setup | Unit | Publish
+    what: Unit | Publish
 
 
 class Drop(Message, frozen=True, kw_only=True):
@@ -68,10 +73,14 @@ class Drop(Message, frozen=True, kw_only=True):
 
 
 class Reprice(Message, frozen=True, kw_only=True):
+    """As `Rollouts.reprice`."""
+
     multipliers: dict[str, Any]
 
 
 class Restore(Message, frozen=True, kw_only=True):
+    """As `Rollouts.restore`."""
+
     memory: dict[str, Any]
 
 
@@ -102,6 +111,8 @@ class Trouble(Message, frozen=True, kw_only=True):
 
 
 class Answer(Message, frozen=True, kw_only=True):
+    """To what was asked under this number."""
+
     id: int
     what: Played | Trouble | None
 
@@ -126,7 +137,7 @@ class Channel:
     async def over(cls, end: socket.socket, expects: Any) -> Channel:
         return cls(*await asyncio.open_unix_connection(sock=end, limit=_LIMIT), expects)
 
-    def send(self, message: ToWorker | FromWorker) -> None:
+    def send(self, message: Message) -> None:
         """Raises where the message holds what no record may. To a side that is gone, it is a message lost."""
         data = encode(message)
         self.writer.write(_HEAD.pack(len(data)))
@@ -139,6 +150,10 @@ class Channel:
             return decode(await self.reader.readexactly(length), self.expects)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
+
+    def end(self) -> None:
+        """Nothing more is sent: the other side is to come to an end, and may still answer."""
+        self.writer.write_eof()
 
     def close(self) -> None:
         """At once; what was not sent yet is lost."""

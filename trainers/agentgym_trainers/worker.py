@@ -28,11 +28,11 @@ import torch
 from agentgym import registry
 from agentgym.modeling.threads import pin
 from agentgym.types import WeightsVersion
-from agentgym_trainers import language, reinforce
+from agentgym_trainers import language, reinforce, wire
 from agentgym_trainers.config import from_table
 from agentgym_trainers.language import LanguageModel
 from agentgym_trainers.mixtures import make_env
-from agentgym_trainers.rollouts import Played, Rollouts, Unit
+from agentgym_trainers.rollouts import Played, Unit
 from agentgym_trainers.shared import Block
 from agentgym_trainers.wire import Answer, Ask, Beat, Channel, Drop, Publish, Reprice, Restore, Setup, ToWorker, Trouble
 
@@ -43,11 +43,25 @@ GRACE = 1.0
 
 
 class Worker:
-    """One life of the rollout side."""
+    """The rollout side that a `Setup` describes, answering to the other end of the channel.
 
-    rollouts: Rollouts
+    Raises what its parts refuse, and `ConfigError` for an environment that this process does not know.
+    """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, what: Setup) -> None:
+        sys.path[:] = what.path
+        register(what.registered)
+        config = from_table(what.config)
+        pin(config.rollout.threads or config.run.threads)
+        torch.use_deterministic_algorithms(config.run.deterministic)
+        here = msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, processes=1))
+        env = make_env(here)
+        model, renderer = language.parts(here, env, Path(what.model))
+        self.block = Block(what.fd, what.places)
+        self.block.attach(model.requires_grad_(False))
+        self.model = LanguageModel(model, renderer, language.engine(here, model, renderer))
+        initial = self.model.frozen(Path(what.reference)) if reinforce.plays_initial(here) else None
+        self.rollouts = reinforce.player(here, env, self.model.engine, renderer, initial)
         self.channel = channel
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -59,6 +73,10 @@ class Worker:
                 self._obey(message)
         finally:
             await self._close(beating)
+
+    async def publish(self, version: int) -> None:
+        await asyncio.to_thread(self.block.read, self.model.model)
+        await self.rollouts.publish(WeightsVersion(number=version))
 
     def _obey(self, message: ToWorker) -> None:
         match message:
@@ -79,49 +97,24 @@ class Worker:
         finally:
             del self.tasks[ask.id]
 
-    async def _do(self, what: Setup | Unit | Publish) -> Played | None:
-        match what:
-            case Unit():
-                return await self.rollouts.play(what)
-            case Publish():
-                await asyncio.to_thread(self.block.read, self.model.model)
-                await self.rollouts.publish(WeightsVersion(number=what.version))
-            case Setup():
-                await self._set_up(what)
+    async def _do(self, what: Unit | Publish) -> Played | None:
+        if isinstance(what, Unit):
+            return await self.rollouts.play(what)
+        await self.publish(what.version)
         return None
-
-    async def _set_up(self, what: Setup) -> None:
-        sys.path[:] = what.path
-        register(what.registered)
-        config = from_table(what.config)
-        run, r = config.run, config.rollout
-        pin(r.threads or run.threads)
-        torch.use_deterministic_algorithms(run.deterministic)
-        config = msgspec.structs.replace(config, run=msgspec.structs.replace(run, processes=1))
-        env = make_env(config)
-        model, renderer = language.parts(config, env, Path(what.model))
-        self.block = Block(what.fd, what.places)
-        self.block.attach(model.requires_grad_(False))
-        self.model = LanguageModel(model, renderer, language.engine(config, model, renderer))
-        initial = self.model.frozen(Path(what.reference)) if reinforce.plays_initial(config) else None
-        self.rollouts = reinforce.player(config, env, self.model.engine, renderer, initial)
-        await self.rollouts.publish(WeightsVersion(number=what.version))
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT)
-            if hasattr(self, "rollouts"):
-                self.channel.send(Beat(load=self.rollouts.load()))
+            self.channel.send(Beat(load=self.rollouts.load()))
 
     async def _close(self, beating: asyncio.Task[None]) -> None:
         under_way = [beating, *self.tasks.values()]
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
-        if hasattr(self, "rollouts"):
-            await self.rollouts.close()
-            self.model.close()
-        self.channel.close()
+        await self.rollouts.close()
+        self.model.close()
 
 
 def register(lines: Iterable[dict[str, Any]]) -> None:
@@ -146,7 +139,25 @@ def _end_with(fd: int) -> None:
 
 
 async def _main(end: socket.socket) -> None:
-    await Worker(await Channel.over(end, ToWorker)).serve()
+    """One life: the first message says what to be."""
+    channel = await Channel.over(end, Setup | ToWorker)
+    what = await channel.receive()
+    if what is not None:
+        worker = await _made(channel, what)
+        await (worker.serve() if worker else channel.receive())
+    channel.close()
+
+
+async def _made(channel: Channel, what: Setup) -> Worker | None:
+    """The worker, ready; None where that failed, which the other side has heard of."""
+    try:
+        worker = Worker(channel, what)
+        await worker.publish(what.version)
+    except Exception as error:
+        channel.send(Answer(id=wire.SETUP, what=Trouble.of(error)))
+        return None
+    channel.send(Answer(id=wire.SETUP, what=None))
+    return worker
 
 
 if __name__ == "__main__":
