@@ -1,11 +1,13 @@
 """`agentgym bench async`: how close asynchronous training comes to the least time that its own rule allows.
 
 The real pipeline, schedule and journal run simulated units (a group of episodes with heavy-tailed latencies, played
-without a model) beside a simulated learner, from an empty buffer to the last update. Three figures stand beside the
+without a model) beside a simulated learner, from an empty buffer to the last update. Four figures stand beside the
 seconds that it takes:
 
 - bound: a discrete-event simulation of the same latencies under the same admission rule, in which everything that is
   not a latency or a learner's step costs nothing;
+- bare: the same rule and latencies on a bare asyncio loop, without records, pipeline and journal: what the machine and
+  its timers allow at that moment;
 - floor: max(all rollout work over all places, all learner time), which no rule can go below;
 - the same run with max_staleness = 0, the synchronous loop.
 
@@ -25,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from agentgym.bench.measure import machine, markdown, spread
+from agentgym.bench.measure import cost, machine, markdown, spread
 from agentgym.errors import unknown
 from agentgym.testing.fakes import LATENCIES, CountingEnv
 from agentgym_trainers.journal import Journal
@@ -50,6 +52,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         return Schedule(batch=self.batch, max_staleness=self.max_staleness, updates=self.updates)
 
 
+Seconds = Callable[[int], float]
+"""How long a unit, or the learner's step, of this number lasts."""
+
+
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What a run took, the greatest staleness that its learner met, and what became of the units."""
 
@@ -71,24 +77,25 @@ def overlap(
     seed: int = 0,
     out: str = "",
 ) -> dict[str, Any]:
-    """Rows by max_staleness, which take turns within a repeat. Episodes last 15 ms in the mean and a learner's step
-    25 ms, times `scale`; `busy` has the learner hold a core meanwhile. `out` also writes the figures as Markdown."""
+    """Rows by max_staleness, which take turns within a repeat. Episodes last 10 ms in the mean and a learner's step
+    16 ms, times `scale`; `busy` has the learner hold a core meanwhile. `out` also writes the figures as Markdown."""
     if latency not in LATENCIES:
         raise unknown("latency", latency, LATENCIES)
-    player = SimulatedPlayer(LATENCIES[latency](0.015 * scale), group=group, seed=seed)
-    learner = SimulatedLearner(0.025 * scale, busy=busy, seed=seed)
+    player = SimulatedPlayer(LATENCIES[latency](0.01 * scale), group=group, seed=seed)
+    learner = SimulatedLearner(0.016 * scale, busy=busy, seed=seed)
     cases = [Case(updates=updates, batch=batch, places=places, max_staleness=n) for n in sorted({0, *staleness})]
-    runs = [[run(case, player, learner) for case in cases] for _ in range(repeats)]
+    runs = [[_pair(case, player, learner) for case in cases] for _ in range(repeats)]
     figures = {
         "machine": machine(("msgspec", "numpy")),
-        "reading": "median (lowest - highest) of the repeats; all rows take turns within a repeat",
+        "reading": "median (lowest - highest) of the repeats; all rows take turns within a repeat; a load above the "
+        "number of cores slows every run, the bare ones too",
         "settings": {
             "updates": updates,
             "units an update": batch,
             "episodes a unit": group,
             "units at once": places,
-            "latency": f"{latency}, mean {15 * scale:g} ms",
-            "learner's step": f"{25 * scale:g} ms, {'busy' if busy else 'idle'}",
+            "latency": f"{latency}, mean {10 * scale:g} ms",
+            "learner's step": f"{16 * scale:g} ms, {'busy' if busy else 'idle'}",
             "seed": seed,
         },
         "floor s": round(floor(cases[0], player.seconds, learner.seconds), 2),
@@ -102,18 +109,26 @@ def overlap(
     return figures
 
 
-def row(case: Case, least: float, outcomes: Sequence[Outcome], beside: Sequence[Outcome]) -> dict[str, Any]:
+def row(case: Case, least: float, pairs: Sequence[Pair], beside: Sequence[Pair]) -> dict[str, Any]:
     """The repeats of one case, beside its bound and the synchronous runs of the same repeats."""
     return {
         "max_staleness": case.max_staleness,
-        "seconds": spread([o.seconds for o in outcomes], 2),
+        "seconds": spread([o.seconds for o, _ in pairs], 2),
         "bound s": round(least, 2),
-        "% of bound": spread([100 * least / o.seconds for o in outcomes]),
-        "speed-up": spread([b.seconds / o.seconds for o, b in zip(outcomes, beside, strict=True)], 2),
-        "staleness met": max(o.staleness for o in outcomes),
-        "dropped": sum(o.counts["dropped"] for o in outcomes),
-        "cancelled": sum(o.counts["cancelled"] for o in outcomes),
+        "% of bound": spread([100 * least / o.seconds for o, _ in pairs]),
+        "bare % of bound": spread([100 * least / bare for _, bare in pairs]),
+        "speed-up": spread([b.seconds / o.seconds for (o, _), (b, _) in zip(pairs, beside, strict=True)], 2),
+        "staleness met": max(o.staleness for o, _ in pairs),
+        "dropped": sum(o.counts["dropped"] for o, _ in pairs),
     }
+
+
+Pair = tuple[Outcome, float]
+"""A run, and the seconds of the bare one after it."""
+
+
+def _pair(case: Case, player: SimulatedPlayer, learner: SimulatedLearner) -> Pair:
+    return run(case, player, learner), cost(lambda: bare(case, player.seconds, learner.seconds)).wall
 
 
 # --- the run ----------------------------------------------------------------------------------------------------
@@ -144,9 +159,31 @@ async def _trained(case: Case, player: SimulatedPlayer, learner: SimulatedLearne
     return Outcome(seconds=seconds, staleness=worst, counts=counts)
 
 
-# --- what it could take at least --------------------------------------------------------------------------------
+async def bare(case: Case, unit: Seconds, step: Seconds) -> None:
+    """The schedule on an event loop where units and steps only sleep."""
+    schedule, ended = case.schedule(), asyncio.Event()
 
-Seconds = Callable[[int], float]
+    async def play(number: int) -> None:
+        await asyncio.sleep(unit(number))
+        schedule.finish(number)
+        fill()
+        ended.set()
+
+    def fill() -> None:
+        while schedule.open and schedule.running < case.places:
+            group.create_task(play(schedule.begin()))
+
+    async with asyncio.TaskGroup() as group:
+        while schedule.version < case.updates:
+            fill()
+            while not schedule.take():
+                await ended.wait()
+                ended.clear()
+            await asyncio.sleep(step(schedule.version))
+            schedule.advance()
+
+
+# --- what it could take at least --------------------------------------------------------------------------------
 
 
 def bound(case: Case, unit: Seconds, step: Seconds) -> float:
