@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from datetime import timedelta
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ import torch.distributed as dist
 from learning import CREDIT, EPISODES, REWARDS, Bare, weights
 
 from agentgym.errors import RecordError
+from agentgym.rewards import Composed
 from agentgym.types import Batch
 from agentgym_trainers import ranks as exchange
+from agentgym_trainers.candidates.declare import InTRO
+from agentgym_trainers.candidates.learner import CandidateLearner
 from agentgym_trainers.controllers import numbers
 from agentgym_trainers.critic import Critic, CriticConfig
 from agentgym_trainers.learner import Learner, Optim
 from agentgym_trainers.objective import declare
 from agentgym_trainers.objective.declare import Objective
+from agentgym_trainers.preference import Pair, Preference
+from agentgym_trainers.preference.learner import PairLearner
 from agentgym_trainers.sharding import full_weights, local, whole
 
 DUAL = declare.Dual(of="gate.coef", watch="ratio_variance", target=0.001, lr=2.0)
@@ -39,7 +45,7 @@ CASES = {
 }
 
 
-OPTIM = Optim(lr=0.02, warmup=0, micro_tokens=40, minibatches=2)
+OPTIM = Optim(lr=0.02, warmup=0, micro_tokens=60, minibatches=2)
 SHARDED = ("plain", "FiberPO-Domain", "one rank has nothing", "coupled, one rank has nothing")
 
 
@@ -60,6 +66,27 @@ def learn(name: str, optim: Optim = OPTIM, **more: Any) -> dict[str, Any]:
     return {"weights": weights(learner), "figures": figures, "numbers": numbers(learner.objective)}
 
 
+PAIRS = [Pair(a, b, 1.0, (0.8, 0.3)) for i in (0, 3) for a, b in combinations(EPISODES[i : i + 3], 2)]
+RIGHT: list[Any] = [(t, Composed(1.0, 0.0, ())) for t in EPISODES]
+
+
+def family(name: str) -> dict[str, Any]:
+    """Learners of the other families, over six pairs and nine rollouts, or over one."""
+    optim, given = Optim(lr=0.02, warmup=0, micro_tokens=52), slice(0, 1 if "one" in name else None)
+    shared: dict[str, Any] = {"total_steps": 2}
+    if "pair" in name:
+        reference = Bare(1, dtype=torch.float64).module()
+        pairs = PairLearner(Bare(dtype=torch.float64), Preference(), optim, reference=reference, **shared)
+        figures = [pairs.update(PAIRS[given]) for _ in range(2)]
+        return {"weights": weights(pairs.learner), "figures": figures, "numbers": {}}
+    answers = CandidateLearner(Bare(dtype=torch.float64), InTRO(), optim, answer=lambda t: [1, 2], **shared)
+    figures = [answers.update(RIGHT[given]) for _ in range(2)]
+    return {"weights": weights(answers.learner), "figures": figures, "numbers": {}}
+
+
+FAMILIES = ("pairs", "one pair", "candidates", "one rollout")
+
+
 def valued() -> dict[str, Any]:
     """The critic's side of an update."""
     critic = Critic(Bare(dtype=torch.float64), CriticConfig(), micro_tokens=40)
@@ -74,7 +101,7 @@ def compared() -> list[Any]:
     return make("plain").log_ratios(EPISODES, Bare(3, dtype=torch.float64).module())
 
 
-IN_SHARDS = Optim(lr=0.02, warmup=0, micro_tokens=40, minibatches=2, sharded=True)
+IN_SHARDS = Optim(lr=0.02, warmup=0, micro_tokens=60, minibatches=2, sharded=True)
 
 
 def in_shards() -> dict[str, Any]:
@@ -126,7 +153,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     init = f"file://{folder / 'meeting'}"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
-    found: dict[str, Any] = {name: learn(name) for name in CASES}
+    found: dict[str, Any] = {name: learn(name) for name in CASES} | {name: family(name) for name in FAMILIES}
     more = {"critic": valued(), "ratios": compared(), "shards": in_shards(), "failed": failed()}
     torch.save({**found, **more}, folder / f"{rank}.pt")
     dist.destroy_process_group()

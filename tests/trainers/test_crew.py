@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agentgym.errors import ConfigError
 from agentgym.store import load_run
 from agentgym_trainers.loop import PolicyGradient
 from agentgym_trainers.state import MODEL
@@ -95,7 +96,8 @@ def test_two_ranks_end_with_the_weights_of_one(alone: Path, tmp_path: Path, sect
 
 @pytest.mark.parametrize(("killed", "sections"), [(0, RUN), (1, SHARDED)], ids=["first", "second, sharded"])
 def test_a_killed_rank_ends_the_other_in_time(tmp_path: Path, killed: int, sections: dict[str, Any]) -> None:
-    started = launch(tmp_path / "run", {**sections, "run": {**RUN["run"], "steps": 10_000}}, 2)
+    endless = {"run": {**RUN["run"], "steps": 10_000}, "warmup": {"steps": 0}, "sft": {"steps": 0}}
+    started = launch(tmp_path / "run", {**sections, **endless, "eval": {"episodes": 0, "ladder": False}}, 2)
     left = started[1 - killed]
     try:
         assert started[0].stdout is not None
@@ -110,3 +112,18 @@ def test_a_killed_rank_ends_the_other_in_time(tmp_path: Path, killed: int, secti
         for process in started:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        (SHARDED, "torchrun"),
+        ({**SHARDED, "model": {"lora": {"rank": 2}}}, "adapters"),
+        ({**SHARDED, "run": {"algorithm": "preference"}, "advantage": []}, "whole weights"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_before_anything_is_paid(
+    tmp_path: Path, sections: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ConfigError, match=why):
+        PolicyGradient.train(crewed.config(sections), tmp_path / "run")

@@ -16,7 +16,7 @@ import torch
 from agentgym.errors import ConfigError
 
 RANKED = Path(ranked.__file__)
-pytestmark = [pytest.mark.slow, pytest.mark.network]
+pytestmark = [pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        assert [process.wait(90) for process in started] == [0, 0]
+        assert [process.wait(360) for process in started] == [0, 0]
     finally:
         for process in started:
             process.kill()
@@ -43,6 +43,11 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_two_ranks_are_one_process(both: list[dict[str, Any]], name: str) -> None:
     """12.12, 12.13: weights, figures and controllers, and the same on both ranks bit by bit."""
     agree(both, ranked.learn(name), name)
+
+
+@pytest.mark.parametrize("name", ranked.FAMILIES)
+def test_pairs_and_candidates_too(both: list[dict[str, Any]], name: str) -> None:
+    agree(both, ranked.family(name), name)
 
 
 def agree(both: list[dict[str, Any]], alone: dict[str, Any], name: str) -> None:

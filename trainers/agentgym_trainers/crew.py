@@ -41,7 +41,7 @@ from agentgym_trainers.learner import Learner
 from agentgym_trainers.mixtures import make_env
 from agentgym_trainers.objective.declare import IMITATION
 from agentgym_trainers.reinforce import Reinforcement
-from agentgym_trainers.sharding import full_weights
+from agentgym_trainers.sharding import ALONE, full_weights
 
 STUCK = timedelta(minutes=30)
 """How long a rank waits for the others in the middle of an update."""
@@ -137,8 +137,7 @@ class Crew:
         texts: Sequence[str] = (),
     ) -> None:
         """Tell the others of the run in `folder`, whose model has the weights of that checkpoint or is made here."""
-        if config.optim.sharded and config.model.lora:
-            raise ConfigError("optim.sharded = true is for whole weights, and model.lora trains adapters; drop one")
+        _refuse(config)
         self._tell(Setup(config.table(), folder.absolute(), weights, list(texts)))
         self._set_up(config, env, model)
 
@@ -219,6 +218,21 @@ class Crew:
         with ranks.alive():
             dist.broadcast_object_list(heard, 0, self.group)
         return heard[0]
+
+
+def _refuse(config: Config) -> None:
+    """`ConfigError` for what cannot be sharded, before anything is paid."""
+    if not config.optim.sharded:
+        return
+    if config.model.lora:
+        raise ConfigError("optim.sharded = true is for whole weights, and model.lora trains adapters; drop one of them")
+    if config.run.algorithm in ("preference", "candidates"):
+        raise ConfigError(
+            f"optim.sharded = true is for objectives, and run.algorithm = {config.run.algorithm!r} learns with whole "
+            "weights; drop it"
+        )
+    if ranks.count() == 1:
+        raise ConfigError(ALONE)
 
 
 class Commanded:

@@ -49,7 +49,8 @@ class Optim(Struct, frozen=True, kw_only=True):
     decay         share of the steps, at the end, in which it falls linearly to `floor` x lr
     epochs, minibatches    optimiser steps per update = epochs x minibatches
     micro_tokens  tokens in one forward pass: memory, never the result
-    sharded       FSDP2: weights, gradients and optimiser states in shards over the ranks of the run
+    sharded       FSDP2: weights, gradients and optimiser states in shards over the ranks of the run; that of [optim]
+                  holds for all its phases
     only          a regular expression: parameters whose names it finds move, the others stay ("" = all move)
     """
 

@@ -21,6 +21,10 @@ from agentgym.errors import ConfigError
 from agentgym_trainers import ranks
 
 T = TypeVar("T")
+ALONE = (
+    "optim.sharded = true spreads a model over several processes, and this is one: start the run with "
+    "'torchrun --nproc-per-node N -m agentgym train ...', or set it to false"
+)
 
 
 def shard(module: Any) -> None:
@@ -29,10 +33,7 @@ def shard(module: Any) -> None:
     if sharded(module):
         return
     if ranks.count() == 1:
-        raise ConfigError(
-            "optim.sharded = true spreads a model over several processes, and this is one: start the run with "
-            "'torchrun --nproc-per-node N -m agentgym train ...', or set it to false"
-        )
+        raise ConfigError(ALONE)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 

@@ -11,7 +11,7 @@ sums is found first, then that of the sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,7 +97,13 @@ class PairLearner(Family):
 
     @staticmethod
     def _share(pairs: Sequence[Pair]) -> list[Pair]:
-        return [pairs[i] for i in ranks.share([tokens_of(p.chosen) + tokens_of(p.rejected) for p in pairs])]
+        """This rank's, all of a prompt together, so that one rank reads a trajectory, in however many pairs it stands."""
+        prompts: dict[Any, list[Pair]] = {}
+        for pair in pairs:
+            prompts.setdefault(pair.chosen.prompt, []).append(pair)
+        held = list(prompts.values())
+        sizes = [sum(tokens_of(p.chosen) + tokens_of(p.rejected) for p in group) for group in held]
+        return [pair for i in ranks.share(sizes) for pair in held[i]]
 
     @torch.no_grad()
     def _prepare(self, pairs: Sequence[Pair]) -> _Step:
