@@ -97,7 +97,7 @@ class PairLearner(Family):
 
     @staticmethod
     def _share(pairs: Sequence[Pair]) -> list[Pair]:
-        """This rank's, all of a prompt together, so that one rank reads a trajectory, in however many pairs it stands."""
+        """This rank's, all of a prompt together: one rank reads a trajectory, in however many pairs it stands."""
         prompts: dict[Any, list[Pair]] = {}
         for pair in pairs:
             prompts.setdefault(pair.chosen.prompt, []).append(pair)
