@@ -223,6 +223,11 @@ def test_names_that_another_process_cannot_know_are_refused() -> None:
     assert registry.load("mortal-v0") is Mortal
 
 
+def test_cores_that_are_not_there_are_refused_before_anything_is_paid(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="this process has no core 4095"):
+        PolicyGradient.train(config(rollout={"cores": [4095]}), tmp_path / "run")
+
+
 # --- weights ----------------------------------------------------------------------------------------------------
 
 

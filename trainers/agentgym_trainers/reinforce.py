@@ -27,7 +27,7 @@ from agentgym.modeling.flops import utilisation
 from agentgym.modeling.renderer import Renderer
 from agentgym.rewards import derived
 from agentgym.types import Trajectory
-from agentgym_trainers import language, ranks, sft, strategies
+from agentgym_trainers import language, ranks, remote, sft, strategies
 from agentgym_trainers.candidates.learner import CandidateLearner
 from agentgym_trainers.config import Config
 from agentgym_trainers.critic import Critic
@@ -57,7 +57,9 @@ def plays_initial(config: Config) -> bool:
 
 
 def refuse(config: Config, env: Environment) -> None:
-    """Raises `ConfigError` where the environment lacks what this reinforcement asks of it; before anything is paid."""
+    """Raises `ConfigError` where environment or machine lack what this reinforcement asks; before anything is paid."""
+    if config.run.processes == 2:
+        remote.refuse(config)
     strategies.make(config.strategy, env, group_size=config.rollout.group_size)
     if config.run.algorithm == "candidates":
         require(env, "answer", "run.algorithm = 'candidates'")

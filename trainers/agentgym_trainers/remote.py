@@ -56,14 +56,9 @@ episodes are the affair of the runner inside it."""
 
 
 class Remote:
-    """The rollout side of the run in `folder`; see the module. `counts` has `worker_restarts` go up.
-
-    Raises `ConfigError` for names that another process cannot know, and for cores that are not there.
-    """
+    """The rollout side of the run in `folder`; see the module, and `refuse`. `counts` has `worker_restarts` go up."""
 
     def __init__(self, config: Config, model: LanguageModel, folder: Path, counts: Counter[str] | None = None) -> None:
-        self.registered = list(portable(config))
-        check_cores(config.rollout.cores)
         self.config, self.model, self.folder = config, model, folder
         self.counts: Counter[str] = Counter() if counts is None else counts
         self.block = Block.of(model.module())
@@ -165,7 +160,7 @@ class Remote:
             places=self.block.places,
             version=self.version,
             path=sys.path,
-            registered=self.registered,
+            registered=list(portable(self.config)),
         )
 
     def _tell(self, message: Reprice | Restore) -> None:
@@ -288,7 +283,13 @@ class Life:
         return exit_reason(code)
 
 
-# --- names ------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+def refuse(config: Config) -> None:
+    """Raises `ConfigError` for names that another process cannot know, and for cores that are not there."""
+    list(portable(config))
+    check_cores(config.rollout.cores)
 
 
 def portable(config: Config) -> Iterator[dict[str, Any]]:
