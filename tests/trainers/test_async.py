@@ -109,7 +109,9 @@ def test_overlapped_training_learns_within_the_bound_and_accounts_for_everything
     assert max(ages) in (1, 2)
     lines = [line for line in run.metrics if line["phase"] == "rl"]
     assert max(line["staleness_max"] for line in lines) == max(ages)
-    assert {what for line in lines for what, *_ in line["timeline"]["learner"]} == {"waiting", "learning", "publishing"}
+    assert {what for line in lines for what, *_ in line["timeline"]["learner"]} == {
+        "waiting", "learning", "publishing", "saving",
+    }  # fmt: skip
     assert summary.after["success"] > summary.before["success"] + 0.5
 
 

@@ -81,5 +81,11 @@ def busy(load: Load) -> Figures:
     }
 
 
+def became(counts: Mapping[str, int]) -> Figures:
+    """What became of the run's trajectories so far: learnt from, or left out and why (failures have a figure)."""
+    left = {name: float(counts.get(name, 0)) for name in ("stale", "equal", "aside")}
+    return {"consumed": float(counts.get("consumed", 0)), **{f"dropped.{why}": n for why, n in left.items() if n}}
+
+
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0

@@ -4,20 +4,24 @@
 
 Each event is handed to the operating system as one frame (length, CRC-32, msgpack) before anything is made of it. A
 checkpoint begins a new file with what is still open at that moment; files older than the newest checkpoint go. A run
-that is resumed from checkpoint c reads all files from c on: they are one history, told twice in places.
+that is resumed from checkpoint c reads all files from c on: they are one history, told twice in places. Somebody who goes
+back to a checkpoint whose own file is gone goes on without a history.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
-from agentgym.shards import Appender
+from agentgym.shards import Appender, writing
 from agentgym.types import Record, decode, encode
 from agentgym_trainers.rollouts import Played, Unit
 
@@ -68,7 +72,7 @@ class Journal:
     def __init__(self, folder: Path, position: int) -> None:
         self.folder = folder / "journal"
         self.folder.mkdir(exist_ok=True)
-        self.prune(position)
+        self.prune(position if self._path(position).is_file() else math.inf)
         self.history = History(event for path in self._files() for event in read(path))
         newest = next(reversed(self._files()), self._path(position))
         self._file = Appender(newest)
@@ -76,19 +80,29 @@ class Journal:
 
     def write(self, event: Event) -> None:
         """Add an event: it survives a kill from here on. Raises `StoreError` on a full disk, and holds none of it."""
-        data = encode(event)
-        self._file.write(_HEAD.pack(len(data), zlib.crc32(data)) + data)
+        self._file.write(_framed(event))
 
     def begin(self, position: int, open_: Iterable[Event]) -> None:
-        """A checkpoint with this number is about to be written: go on in a file of its own, with what is open now."""
+        """A checkpoint with this number is about to be written: go on in a file of its own, with what is open now. It
+        replaces whatever an earlier life wrote from there on, all or nothing."""
+        path = self._path(position)
+        with closing(Appender(path.with_suffix(".writing"))) as fresh:
+            fresh.cut(0)
+            for event in open_:
+                fresh.write(_framed(event))
         self._file.close()
-        self._file = Appender(self._path(position))
-        self._file.cut(0)
-        for event in open_:
-            self.write(event)
-        self._file.flush(sync=True)
+        with writing(path):
+            os.replace(fresh.path, path)
+        self._file = Appender(path)
+        for later in self._files()[self._files().index(path) + 1 :]:
+            later.unlink()
 
-    def prune(self, position: int) -> None:
+    def sync(self, position: int) -> None:
+        """What this checkpoint began with is on the disk, and it may be renamed. For another thread to wait."""
+        with writing(self._path(position)), open(self._path(position), "rb+") as file:
+            os.fsync(file.fileno())
+
+    def prune(self, position: float) -> None:
         """The checkpoint is whole: what lies before it is not needed any more."""
         for path in self._files():
             if int(path.stem) < position:
@@ -107,6 +121,11 @@ class Journal:
 def read(path: Path) -> Iterator[Event]:
     """The whole events of a file; a last one that was cut off in the middle does not count."""
     return (decode(frame, cast(type[Unit], Event)) for frame in _frames(path))
+
+
+def _framed(event: Event) -> bytes:
+    data = encode(event)
+    return _HEAD.pack(len(data), zlib.crc32(data)) + data
 
 
 def _frames(path: Path) -> Iterator[bytes]:

@@ -31,7 +31,7 @@ from agentgym.policy import Policy
 from agentgym.report import write_report
 from agentgym.types import Trajectory, WeightsVersion, iterate
 from agentgym_trainers import config as configs
-from agentgym_trainers import figures, language, sft
+from agentgym_trainers import figures, language, sft, sinks
 from agentgym_trainers.config import Config
 from agentgym_trainers.crew import Crew, joined
 from agentgym_trainers.figures import Figures
@@ -92,6 +92,7 @@ class PolicyGradient:
             if resume and (path / SUMMARY).is_file():
                 return _summary(path)
             if not resume:
+                sinks.require(config.run.sinks if config else ())
                 require_free(path)
             if not resume and config is None:
                 raise StoreError(f"nothing to train in {path}: give a config, or resume")
@@ -203,7 +204,7 @@ class _Training:
             self.seconds[name] += time.perf_counter() - started
             self.last = found
             beside = {"timeline": self.updates.timeline} if self.updates else {}
-            self.state.folder.log({"phase": name, "step": position(self.config, name, step + 1), **found, **beside})
+            self.state.log({"phase": name, "step": position(self.config, name, step + 1), **found, **beside})
             self.progress(name, step + 1, total, found)
             if (step + 1) % every == 0 or step + 1 == total:
                 await self._save(name, step + 1, learner)
@@ -213,13 +214,14 @@ class _Training:
         """A checkpoint, written while play goes on: whatever ends meanwhile is in the journal that begins with it."""
         tensors, plain = learner.state()
         stage = Stage(phase=phase, step=step, learner=plain, seconds=dict(self.seconds), counts=dict(self.counts))
-        if self.updates is None:
+        number, updates = position(self.config, phase, step), self.updates
+        self.state.journal.begin(number, updates.line.open() if updates else ())
+        if updates is None:
             self.state.save(stage, tensors, self.model)
             return
-        line = self.updates.line
-        stage = msgspec.structs.replace(stage, play=line.standing)
-        self.state.journal.begin(position(self.config, phase, step), line.open())
-        await self.updates.off_loop(self.state.save, stage, tensors, self.model)
+        stage = msgspec.structs.replace(stage, play=updates.line.standing)
+        await updates.off_loop(self.state.save, stage, tensors, self.model)
+        updates.clock.lap("saving")
 
     async def _warm_up(self) -> None:
         c = self.config.warmup
@@ -292,7 +294,7 @@ class _Training:
             seen=seen.append,
         )
         told = msgspec.to_builtins(found.replace(policy=name)) | {"success_valid": figures.success_valid(seen)}
-        self.state.folder.log({"phase": "evaluation", "evaluation": told})
+        self.state.log({"phase": "evaluation", "evaluation": told})
         self.seconds["evaluation"] += time.perf_counter() - started
         self.progress(name, 1, 1, {"success": found.success or 0.0, "return": found.return_mean})
         return told

@@ -16,6 +16,7 @@ from agentgym.store import Checkpoint, Offsets, RunFolder, load_run, write_atomi
 from agentgym_trainers.config import Config, from_table
 from agentgym_trainers.journal import Journal, Standing
 from agentgym_trainers.language import LanguageModel
+from agentgym_trainers.sinks import Sinks
 
 PHASES = ("warmup", "sft", "rl")
 MODEL = "model"
@@ -51,6 +52,7 @@ class State:
         self.folder, self.config, self.checkpoint = folder, config, checkpoint
         self.stage = None if checkpoint is None else msgspec.convert(checkpoint.extra, Stage)
         self.journal = Journal(folder.path, self.position)
+        self.sinks = Sinks(config.run.sinks, folder.path, config.table(), position=self.position)
 
     @classmethod
     def begin(cls, config: Config, out: Path) -> State:
@@ -72,8 +74,14 @@ class State:
         return self
 
     def __exit__(self, *details: object) -> None:
+        self.sinks.close()
         self.journal.close()
         self.folder.close()
+
+    def log(self, line: dict[str, Any]) -> None:
+        """A line of metrics: into the run's folder, then to its sinks."""
+        self.folder.log(line)
+        self.sinks.log(line)
 
     @property
     def weights(self) -> Path | None:
@@ -106,6 +114,7 @@ class State:
             model.save(path / MODEL)
             held = {name: value.detach().contiguous() for name, value in tensors.items()}
             save_file({**held, RNG: torch.get_rng_state()}, path / OPTIMISER)
+            self.journal.sync(number)
         for old in self.folder.checkpoints[: -self.config.run.keep]:
             self.folder.drop(old)
         self.journal.prune(number)

@@ -50,6 +50,7 @@ class Clock:
 
     @property
     def seconds(self) -> dict[str, float]:
+        """By what was done."""
         return {what: stop - start for what, start, stop in self.laps}
 
 
@@ -63,11 +64,12 @@ class Updates:
         self.line = _pipeline(state, env, rollouts)
         run = self.config.run
         self.timeline: dict[str, Any] = {}
+        self.clock = Clock()
         self._thread = ThreadPoolExecutor(1, "agentgym-learner", initializer=lambda: pin(run.threads, run.cores))
 
     async def one(self, step: int) -> Figures:
-        """Update `step` (from 0); `timeline` then says who did what when."""
-        clock, version = Clock(), self.line.schedule.version
+        """Update `step` (from 0); `timeline` then says who did what when, since the update before."""
+        clock, version = self.clock, self.line.schedule.version
         self.rollouts.reprice(self.phase.multipliers.state())
         played = await self.line.take()
         require_outcomes(played)
@@ -84,7 +86,7 @@ class Updates:
         self.rollouts.reprice(self.phase.multipliers.state())
         self.line.advance()
         self._store(played, learned, version + 1)
-        self.timeline = _timeline(played, version, clock)
+        self.timeline, self.clock = _timeline(played, version, clock), Clock()
         return self._figures(played, learned, clock)
 
     async def off_loop(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -111,6 +113,7 @@ class Updates:
             **figures.busy(self.rollouts.load()),
             "units_running": float(self.line.running),
             "units_ready": float(len(self.line.played)),
+            **figures.became(self.phase.buffer.counts),
         }
 
 
