@@ -26,6 +26,20 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not TRL, reason="needs the extra [compare]")
 @pytest.mark.filterwarnings("ignore")
+def test_checkpointing_is_at_work_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.SIZES, "tiny", {**TINY, "hidden": 96, "layers": 12})
+    played = bench.episodes("tiny", "equal", 8, seed=0)
+    for contestant in (bench.Ours, bench.Theirs):
+        held = []
+        for checkpointing in (False, True):
+            made = contestant(bench.Setting("tiny", "equal", checkpointing, "cpu"), played, 4096)
+            made.step()
+            held.append(bench.peak(made.step))
+        assert held[1] < 0.8 * held[0], contestant.__name__
+
+
+@pytest.mark.skipif(not TRL, reason="needs the extra [compare]")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_both_end_at_the_same_weights(checkpointing: bool) -> None:
     setting = bench.Setting("tiny", "drawn", checkpointing, "cpu")

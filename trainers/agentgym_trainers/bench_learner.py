@@ -221,6 +221,8 @@ class Theirs:
         self.padding = 1 - played.tokens / (rows * width)
         self.model = setting.model(half=False)
         self.model.set_attn_implementation("sdpa")
+        if setting.checkpointing:  # as `Trainer.train` does before its first step
+            self.model.activation_checkpointing_enable()
         with tempfile.TemporaryDirectory() as folder:  # it wants one, and writes nothing into it
             self.trainer = _trainer(self.model, setting, rows, self.size, folder)
         self.trainer._generate_and_score_completions = lambda batch: dict(self.batch)
