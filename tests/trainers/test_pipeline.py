@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
@@ -11,10 +12,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agentgym.errors import Fault
+from agentgym.errors import ConfigError, Fault
 from agentgym.policy import Load
 from agentgym.testing.fakes import CountingEnv
 from agentgym_trainers.journal import Journal, Standing
@@ -80,6 +81,8 @@ class Run:
         self.position, self.stood = 0, Standing()
         self.learnt: list[list[int]] = []
         """Units by update, in the weights that the learner holds."""
+        self.whole = 0
+        """Bytes of the journal's newest file that no kill can tear: it came into being with them."""
 
     @contextmanager
     def line(self, places: int) -> Iterator[Pipeline]:
@@ -106,9 +109,19 @@ class Run:
             if len(self.learnt) % every == 0:
                 stood = line.standing
                 line.journal.begin(len(self.learnt), line.open())
+                self.whole = self.newest.stat().st_size
                 await asyncio.sleep(step)
                 self.position, self.stood = len(self.learnt), stood
                 line.journal.prune(self.position)
+
+    @property
+    def newest(self) -> Path:
+        return max((self.folder / "journal").glob("*.frames"))
+
+    def tear(self, share: float) -> None:
+        """The kill came in the middle of a write: of what was added to the newest file, only this share is there."""
+        size = self.newest.stat().st_size
+        os.truncate(self.newest, self.whole + int(share * (size - self.whole)))
 
     def check(self) -> None:
         """Every unit was learnt from, once, and each was dealt the same tasks whenever it was played."""
@@ -166,7 +179,18 @@ def test_bound_conservation_progress(
     every=st.integers(1, 4),
     latencies=LATENCIES,
     step=st.sampled_from([0.0, 0.7, 6.0]),
-    kills=st.lists(st.floats(0, 60), max_size=4),
+    kills=st.lists(st.tuples(st.floats(0, 60), st.integers(1, 4), st.floats(0, 1)), max_size=4),
+    failed=st.sets(st.integers(0, 30)),
+)
+@example(  # its second life has a checkpoint in the middle of what it goes through again
+    batch=1,
+    max_staleness=0,
+    updates=3,
+    every=1,
+    latencies=[0.0],
+    step=6.0,
+    kills=[(13.0, 2, 0.0), (13.0, 1, 0.0)],
+    failed=set(),
 )
 def test_killed_anywhere_it_loses_unfinished_units_alone(
     batch: int,
@@ -175,20 +199,23 @@ def test_killed_anywhere_it_loses_unfinished_units_alone(
     every: int,
     latencies: list[float],
     step: float,
-    kills: list[float],
+    kills: list[tuple[float, int, float]],
+    failed: set[int],
 ) -> None:
-    rollouts = Rollouts(latencies, 0.0, 99)
+    """Each life has checkpoints every so many updates of its own, and may end in the middle of a write."""
+    rollouts = Rollouts(latencies, 0.0, 99, failed=failed)
 
     async def main(folder: Path) -> None:
         run = Run(folder, rollouts, batch=batch, max_staleness=max_staleness, updates=updates)
-        for at in kills:
-            await killed(run, at)
+        for at, every_, share in kills:
+            await killed(run, at, every_)
+            run.tear(share)
         with run.line(places=5) as line:
             await run.live(line, step, every)
             await line.close()
         run.check()
 
-    async def killed(run: Run, at: float) -> None:
+    async def killed(run: Run, at: float, every: int) -> None:
         """A life that ends after `at` seconds. What it had taken, it must take again; what it had played, it has."""
         asked = len(rollouts.asked)
         with run.line(places=5) as line:
@@ -246,3 +273,136 @@ def test_a_unit_that_raises_stops_the_run_with_its_error(raising: set[int], late
 
     with tempfile.TemporaryDirectory() as folder:
         by_virtual_clock(lambda: main(Path(folder)))
+
+
+def test_going_back_to_a_checkpoint_whose_journal_is_gone_plays_on_from_there(tmp_path: Path) -> None:
+    rollouts = Rollouts([1.0, 7.0], 0.0, 99)
+
+    async def main() -> None:
+        run = Run(tmp_path, rollouts, batch=2, max_staleness=1, updates=9)
+        with run.line(places=4) as line:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(run.live(line, 1.0, every=2), 22)
+            await line.close()
+        assert run.position > 2
+        run.position, run.stood = 0, Standing()
+        with run.line(places=4) as line:
+            await run.live(line, 1.0, every=2)
+            await line.close()
+        run.check()
+
+    by_virtual_clock(main)
+
+
+def test_what_a_changed_config_cannot_learn_from_is_refused(tmp_path: Path) -> None:
+    """Rather than waited for without end."""
+    rollouts = Rollouts([1.0, 1.0, 40.0], 0.0, 99)
+
+    async def main() -> None:
+        run = Run(tmp_path, rollouts, batch=2, max_staleness=3, updates=9)
+        with run.line(places=8) as line:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(run.live(line, 2.0, every=99), 30)
+            await line.close()
+        for name, value in {"batch": 1, "max_staleness": 0}.items():
+            edited = Run(tmp_path, rollouts, **{"batch": 2, "max_staleness": 3, "updates": 9} | {name: value})
+            with pytest.raises(ConfigError, match="set them back"), edited.line(places=8):
+                pass
+        run.updates, run.max_staleness = 12, 4
+        with run.line(places=8) as line:
+            await run.live(line, 2.0, every=99)
+            await line.close()
+        run.check()
+
+    by_virtual_clock(main)
+
+
+# --- what goes wrong in between ---------------------------------------------------------------------------------
+
+
+def test_a_unit_that_was_cancelled_by_its_player_stops_the_run(tmp_path: Path) -> None:
+    class Cancelled(Rollouts):
+        async def play(self, unit: Unit) -> Played:
+            if unit.number == 1:
+                raise asyncio.CancelledError
+            return await super().play(unit)
+
+    async def main() -> None:
+        run = Run(tmp_path, Cancelled([1.0], 0.0, 99), batch=2, max_staleness=1, updates=3)
+        with run.line(places=4) as line:
+            with pytest.raises(Fault, match="cancelled"):
+                await run.live(line, 0.5, every=2)
+            await line.close()
+
+    by_virtual_clock(main)
+
+
+def test_nothing_begins_once_a_line_is_closed(tmp_path: Path) -> None:
+    """Unit 0 is over, and its end is not looked at yet: the place that it leaves stays empty."""
+
+    class Immediate(Rollouts):
+        async def play(self, unit: Unit) -> Played:
+            self.asked.append(unit)
+            await asyncio.sleep(3.0 * unit.number)
+            return Played(number=unit.number, groups=[])
+
+    rollouts = Immediate([1.0], 0.0, 99)
+
+    async def main() -> None:
+        run = Run(tmp_path, rollouts, batch=1, max_staleness=3, updates=5)
+        with run.line(places=2) as line:
+            waiting = asyncio.ensure_future(line.take())
+            while not line.played:  # noqa: ASYNC110 - the very pass of the loop matters
+                await asyncio.sleep(0)
+            await line.close()
+            await asyncio.sleep(1)
+            waiting.cancel()
+        assert [unit.number for unit in rollouts.asked] == [0, 1]
+        assert line.running == 0
+
+    by_virtual_clock(main)
+
+
+def test_an_engine_that_cannot_be_looked_at_stops_the_run(tmp_path: Path) -> None:
+    """The look happens by itself, in a callback of the loop."""
+
+    class Broken(Rollouts):
+        def load(self) -> Load:
+            if asyncio.get_running_loop().time() > 0.0:
+                raise Fault("the engine is gone")
+            return Load(waiting=9, slots=1)
+
+    async def main() -> None:
+        run = Run(tmp_path, Broken([5.0], 0.0, 99), batch=2, max_staleness=1, updates=3)
+        with run.line(places=4) as line:
+            with pytest.raises(Fault, match="the engine is gone"):
+                await run.live(line, 0.5, every=2)
+            assert asyncio.get_running_loop().time() < 1.0
+            await line.close()
+
+    by_virtual_clock(main)
+
+
+def test_a_checkpoint_tells_the_strategys_memory_of_now(tmp_path: Path) -> None:
+    """In whatever order it tells what is open: a unit that ended long ago must not bring back what was known then."""
+
+    class Remembers(Rollouts):
+        async def play(self, unit: Unit) -> Played:
+            return (await super().play(unit)).replace(memory={"unit": unit.number})
+
+    rollouts = Remembers([1.0], 0.0, 99)
+
+    async def main() -> None:
+        run = Run(tmp_path, rollouts, batch=1, max_staleness=3, updates=6)
+        with run.line(places=2) as line:
+            (first,) = await line.take()
+            await asyncio.sleep(30)
+            assert sorted(line.played) == [1, 2, 3]
+            line.played = dict(reversed(line.played.items()))
+            line.journal.begin(1, line.open())
+            await line.close()
+        assert first.number == 0
+        with closing(Journal(tmp_path, 1)) as journal:
+            assert journal.history.memory == line.memory == {"unit": 3}
+
+    by_virtual_clock(main)

@@ -124,7 +124,8 @@ def _restarted(old: Schedule, began: dict[int, int], events: list[tuple[int, int
     new = Schedule(batch=old.batch, max_staleness=old.max_staleness, updates=old.updates, version=old.version)
     new.next = old.next
     for number in old.ready:
-        new.adopt(number, began[number], ready=True)
+        new.adopt(number, began[number])
+        new.finish(number)
     for _, number in events:
-        new.adopt(number, old.version, ready=False)
+        new.adopt(number, old.version)
     return new

@@ -4,8 +4,8 @@
 
 Each event is handed to the operating system as one frame (length, CRC-32, msgpack) before anything is made of it. A
 checkpoint begins a new file with what is still open at that moment; files older than the newest checkpoint go. A run
-that is resumed from checkpoint c reads all files from c on: they are one history, told twice in places. Somebody who goes
-back to a checkpoint whose own file is gone goes on without a history.
+that is resumed from checkpoint c reads all files from c on: they are one history, told twice in places. Somebody who
+goes back to a checkpoint whose own file is gone goes on without a history.
 """
 
 from __future__ import annotations

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
-import msgspec
-
+from agentgym.errors import ConfigError, Fault
 from agentgym.policy import Load
 from agentgym_trainers.journal import Event, Journal, Standing, Taken
 from agentgym_trainers.rollouts import Played, TaskCursor, Unit
@@ -93,9 +92,11 @@ class Pipeline:
         self._fill()
 
     def open(self) -> Iterator[Event]:
-        """What a checkpoint must know besides the weights: units begun and not taken, and what they came to."""
+        """What a checkpoint must know besides the weights: units begun and not taken, what they came to, and which of
+        them an earlier life has taken already. The strategy's memory is that of now, whichever is told last."""
         yield from self.units.values()
-        yield from self.played.values()
+        yield from (played.replace(memory=self.memory) for played in self.played.values())
+        yield from (Taken(step=step, units=numbers) for step, numbers in self._again.items())
 
     @property
     def standing(self) -> Standing:
@@ -108,7 +109,8 @@ class Pipeline:
         return len(self._running)
 
     async def close(self) -> None:
-        """Cancel what is under way and wait until it has cleaned up."""
+        """Cancel what is under way and wait until it has cleaned up; nothing begins any more."""
+        self.most = 0
         self.counts["cancelled"] += sum(task.cancel() for task in self._running)
         await asyncio.gather(*self._running, return_exceptions=True)
 
@@ -127,7 +129,7 @@ class Pipeline:
     def _look_later(self) -> None:
         def look() -> None:
             self._looking = False
-            self._fill()
+            self._guarded(self._fill)
 
         if not self._looking:
             self._looking = True
@@ -144,8 +146,16 @@ class Pipeline:
             index=number % stride,
             stride=stride,
         )
-        self.units[number] = unit
-        self._guarded(lambda: self.journal.write(unit))
+        return self._recorded(unit)
+
+    def _anew(self, unit: Unit) -> Unit:
+        """A unit that was under way: the same tasks, under the weights of now."""
+        self.schedule.adopt(unit.number, self.schedule.version)
+        return self._recorded(unit.replace(version=self.schedule.version))
+
+    def _recorded(self, unit: Unit) -> Unit:
+        self.journal.write(unit)
+        self.units[unit.number] = unit
         return unit
 
     def _start(self, unit: Unit) -> None:
@@ -162,13 +172,12 @@ class Pipeline:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        if not task.cancelled():
-            error = task.exception()
-            self._error = self._error or error
-            self._guarded(self._fill)
+        error = Fault("what played a unit cancelled it") if task.cancelled() else task.exception()
+        self._error = self._error or error
+        self._guarded(self._fill)
         self._wake.set()
 
-    def _guarded(self, work: Any) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         """Whatever fails outside of `take` is raised by it."""
         try:
             work()
@@ -179,17 +188,21 @@ class Pipeline:
     # --- an earlier life ---
 
     def _adopt(self) -> None:
-        history = self.journal.history
+        """Raises `ConfigError` for open units that this run's settings could not have begun."""
+        history, schedule = self.journal.history, self.schedule
         for unit in history.begun.values():
-            self.cursor.skip(unit.tasks if unit.number >= self.schedule.next else ())
+            self.cursor.skip(unit.tasks if unit.number >= schedule.next else ())
         self.units, self.played = dict(history.begun), dict(history.played)
-        for number, unit in self.units.items():
-            played = self.played.get(number)
-            self.schedule.adopt(number, played.oldest(unit.version) if played else unit.version, ready=bool(played))
         self._left = [unit for number, unit in self.units.items() if number not in self.played]
-
-    def _anew(self, unit: Unit) -> Unit:
-        """A unit that was under way: the same tasks, under the weights of now."""
-        self.schedule.begun[unit.number] = self.schedule.version
-        self.units[unit.number] = msgspec.structs.replace(unit, version=self.schedule.version)
-        return self.units[unit.number]
+        resumes = max(self._again, default=schedule.version)
+        for number, unit in self.units.items():
+            schedule.adopt(number, unit.version if number in self.played else resumes)
+            if number in self.played:
+                schedule.finish(number, self.played[number].oldest(unit.version))
+        taken = {number for numbers in self._again.values() for number in numbers}
+        others = {(unit.stride, len(unit.tasks)) for unit in self.units.values()} - {(schedule.batch, self.deals)}
+        if others or schedule.late(self.units.keys() - taken, resumes):
+            raise ConfigError(
+                "the run was begun with another rollout.tasks_per_step or unit, or a greater max_staleness, and what "
+                "was played since its last checkpoint cannot be learnt from so; set them back in its config.toml"
+            )

@@ -16,7 +16,6 @@ It knows no clock and no tasks, so a simulation and a property test drive the ve
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from agentgym.errors import ConfigError
@@ -59,12 +58,10 @@ class Schedule:
         self.begun[number] = self.version
         return number
 
-    def adopt(self, number: int, version: int, *, ready: bool) -> None:
-        """A unit of an earlier life of the run: played already, or to be played again."""
+    def adopt(self, number: int, version: int) -> None:
+        """A unit of an earlier life of the run, as if it began under this version."""
         self.begun[number] = version
         self.next = max(self.next, number + 1)
-        if ready:
-            self.ready.add(number)
 
     def retake(self, numbers: Sequence[int]) -> None:
         """What an update of that life took, it takes again."""
@@ -72,10 +69,10 @@ class Schedule:
             self.drop(number)
         self.learning = len(numbers)
 
-    def finish(self, number: int, oldest: int | None = None) -> None:
+    def finish(self, number: int, oldest: int = 0) -> None:
         """It was played. `oldest`: the oldest version that sampled anything of it, where that is later than its
         beginning (it had to wait for a slot)."""
-        self.begun[number] = max(self.begun[number], self.begun[number] if oldest is None else oldest)
+        self.begun[number] = max(self.begun[number], oldest)
         self.ready.add(number)
 
     def drop(self, number: int) -> None:
@@ -86,22 +83,22 @@ class Schedule:
     def take(self) -> list[int] | None:
         """The units of the next update, oldest first; None while too few are ready, or another would be late then."""
         taken = sorted(self.ready, key=lambda n: (self.begun[n], n))[: self.batch]
-        if len(taken) < self.batch or not self._in_time(self.begun.keys() - set(taken)):
+        if len(taken) < self.batch or self.late(self.begun.keys() - set(taken), self.version + 1):
             return None
         for number in taken:
             self.drop(number)
         self.learning = len(taken)
         return taken
 
-    def _in_time(self, left: Iterable[int]) -> bool:
-        """Whether those who are left can all be learnt from in later updates: for every version, those that began
-        under it or before must fit into the updates that it still has after this one."""
-        waiting, before = Counter(self.begun[n] for n in left), 0
-        for began in sorted(waiting):
-            before += waiting[began]
-            if before > (began + self.max_staleness - self.version) * self.batch:
-                return False
-        return True
+    def late(self, units: Iterable[int], version: int) -> list[int]:
+        """Those of the units that the updates from `version` on cannot learn from in time: all that began under one
+        version or before must fit into the updates that it still has."""
+        found = list[int]()
+        for place, number in enumerate(sorted(units, key=self.begun.__getitem__)):
+            updates = self.begun[number] + self.max_staleness + 1 - version
+            if place - len(found) >= updates * self.batch:
+                found.append(number)
+        return found
 
     def advance(self) -> None:
         """The update is over: new weights are at work."""
