@@ -178,6 +178,11 @@ class Life:
         while (line := self.process.stdout.readline()) and line != "go\n":
             pass
 
+    def plays(self, episodes: int = 1) -> None:
+        """Wait until so many more have begun, or it is over."""
+        at = faulty.struck(self.row / "ledger")["b"] + episodes
+        within(60.0, lambda: self.process.poll() is not None or faulty.struck(self.row / "ledger")["b"] >= at)
+
     def kill(self) -> bool:
         """Whether it was still there to be killed."""
         self.process.send_signal(signal.SIGKILL)

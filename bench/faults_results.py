@@ -110,9 +110,11 @@ def learner_killed(kills: int, *tables: Mapping[str, Any], exact: bool = False) 
     def row(path: Path) -> Found:
         preset(path, *tables)
         chance, kept, struck, orphans = random.Random(SEED), dict[str, Any](), 0, 0.0
-        for _ in range(kills):
+        for number in range(kills):
             life = Life(path)
             life.go()
+            if number % 2:
+                life.plays()
             time.sleep(chance.uniform(0.0, WINDOW))
             struck += life.kill()
             began = time.monotonic()
@@ -155,9 +157,7 @@ def worker_killed(kills: int, *tables: Mapping[str, Any], exact: bool = False) -
 
 def kill_worker(life: Life, chance: random.Random) -> bool:
     """Kill the worker of now, a while after it began to play; whether there was one."""
-    ledger = life.row / "ledger"
-    at = ledger.stat().st_size if ledger.is_file() else 0
-    within(60.0, lambda: life.process.poll() is not None or (ledger.is_file() and ledger.stat().st_size > at + 48))
+    life.plays(16)
     time.sleep(chance.uniform(0.0, 0.3))
     workers = [pid for pid, command in marked(life.row) if "agentgym_trainers.worker" in command]
     for pid in workers:
@@ -298,7 +298,7 @@ def rows(kills: int) -> dict[str, Row]:
             "worker killed twice, staleness 0, deterministic: the undisturbed run's weights bit for bit",
             worker_killed(2, EXACT, {"run": {"steps": 60}}, slow, exact=True),
         ),
-        "learner": (f"run killed, {kills} times", learner_killed(kills, {"run": {"steps": 250}}, slow)),
+        "learner": (f"run killed, {kills} times", learner_killed(kills, {"run": {"steps": 500}}, slow)),
         "learner-two": (
             f"run killed, {few} times, two processes",
             learner_killed(few, TWO, {"run": {"steps": 80}}, slow),
@@ -336,7 +336,8 @@ def run_row(out: Path, name: str, row: Row) -> Found:
 
 HEAD = (
     "| what was done | struck | ended | episodes begun | = consumed + failed + dropped + played again | learnt twice, "
-    "lost, failed with a reward | staleness | left: processes, sockets, files | s |\n|---|---|---|---|---|---|---|---|---|"
+    "lost, failed with a reward | staleness | left: processes, sockets, files | s |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -395,14 +396,15 @@ Python {platform.python_version()}, {versions}; {seconds:.0f} s in all. {verdict
 Required of every row: the run finishes, or stops with one line of error and finishes when resumed; nothing that was
 finished is lost or learnt from twice; no failure counts as a reward; no process, socket or file is left.
 
-The environment is a bandit of two turns that breaks as declared, the model a toy of 10,000 parameters ({episodes} episodes
-an update), trained by the command `agentgym train` in processes of its own, overlapped with `max_staleness = {BOUND}`
-unless a row says otherwise. Struck, begun and ended are counted by the environment or the server itself, one byte of a
-file each, so that no kill takes them back. `Played again`: episodes begun more than once, because a fault was retried or
-because their unit was under way when a process died. An episode of a dead process counts as finished (`lost`) when its
-unit stood in the journal at that moment; it must stand in the finished run, unchanged. Left over: processes that inherited a
-mark of the row, open descriptors of the last process beyond those it had after a short run before it, its temporary
-folder, /dev/shm, lock and half-written checkpoints of the run's folder.
+The environment is a bandit of two turns that breaks as declared, the model a toy of 10,000 parameters, {episodes}
+episodes an update, trained by the command `agentgym train` in processes of its own, overlapped with `max_staleness =
+{BOUND}` unless a row says otherwise. Episodes begun and faults are counted by the environment or the server itself, one
+byte of a file each, so that no kill takes them back. Kills fall up to {WINDOW} s after training began, every other one
+after the first episode of that life. Played again: a fault was retried, or the unit was under way when a process died.
+Lost: episodes of units that stood in the journal when a process died, and do not stand in the finished run unchanged.
+Left: processes that inherited a mark of the row; open descriptors of the last process beyond those that it had after a
+short run before; and in its temporary folder, /dev/shm, and the run's folder (lock, half-written checkpoints, the
+worker's home) whatever was not there before.
 
 {HEAD}
 {chr(10).join(line(row) for row in found.values())}
@@ -411,7 +413,7 @@ Endpoints are evaluated with, not trained on: the server is on the loopback, its
 each call has 3 retries and each episode 2. So every success rate must be exactly 1 among the outcomes, and is.
 
 A retried fault of the server costs time only: the failed episodes above are those whose retries all met another one.
-An environment that gives a message of a wrong type is noticed by the policy that reads it, and counted there (`engine`).
+An environment's message of a wrong type is noticed by the policy that reads it, and counted there (`engine`).
 
 What the stopped runs said:
 
