@@ -5,18 +5,24 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from agentgym import registry
+from agentgym.errors import ModelError, StoreError
 from agentgym.store import load_run
 from agentgym.types import Message, Observation, Trajectory
 from agentgym_trainers.config import Config, from_table
+from agentgym_trainers.journal import History, read
 from agentgym_trainers.loop import PolicyGradient
 from agentgym_trainers.rollouts import readable
+from agentgym_trainers.updates import fitting
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import faulty
@@ -31,11 +37,11 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> Any:
     registry.unregister(faulty.Faulty.id)
 
 
-def config(ledger: Path, **env: Any) -> Config:
+def config(ledger: Path, *, every: int = 2, **env: Any) -> Config:
     return from_table(
         {
             "env": {"id": faulty.Faulty.id, "ledger": str(ledger), **env},
-            "run": {"steps": 5, "threads": 1, "checkpoint_every": 2},
+            "run": {"steps": 5, "threads": 1, "checkpoint_every": every},
             "model": {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1},
             "rollout": {
                 "tasks_per_step": 3,
@@ -89,3 +95,40 @@ def test_what_no_folder_could_give_back_is_a_failed_trajectory_without_contents(
     assert found.failure is not None
     assert "Expected `str | array`, got `int`" in found.failure.message
     assert found.episode == odd.episode
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file grows beyond so many bytes: what a full disk says, without one."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE stands in for a full disk")
+def test_a_full_disk_under_the_journal_stops_the_run_and_costs_nothing_that_was_finished(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with files_up_to(20_000), pytest.raises(StoreError, match=r"cannot write .*frames: File too large.*then resume"):
+        PolicyGradient.train(config(tmp_path / "ledger", every=100), out)
+    assert not (out / "run.lock").exists()
+    history = History(event for path in (out / "journal").glob("*.frames") for event in read(path))
+    finished = {s.trajectory.episode.id: s.trajectory.content() for p in history.played.values() for s in p.handed}
+    assert len(finished) >= 8
+    PolicyGradient.train(None, out, resume=True)
+    content = {t.episode.id: t.content() for t in load_run(out).trajectories()}
+    assert len(content) == len(load_run(out)) == 5 * 3 * 4
+    assert finished.items() <= content.items()
+
+
+def test_a_step_without_memory_is_one_error_with_the_way_out() -> None:
+    with pytest.raises(ModelError, match=r"no memory for update 7: .*allocate.* lower optim.micro_tokens"), fitting(7):
+        torch.empty(2**50, dtype=torch.uint8)
+    with pytest.raises(ModelError, match="no memory for update 7"), fitting(7):
+        raise MemoryError("no more")
+    with pytest.raises(RuntimeError, match=r"^size mismatch$"), fitting(7):
+        raise RuntimeError("size mismatch")
