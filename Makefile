@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 
 # vLLM lives apart: it pins its own torch, transformers and numpy, and fills 3.5 GB, so one environment serves every clone
 VLLM   ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/agentgym-venvs/vllm
-PINS   := tests/vllm/requirements.txt
+PINS   := tests/with_vllm/requirements.txt
 SERVES := $(VLLM)/.ready-$(shell sha256sum $(PINS) | cut -c -12)
 
 .PHONY: train test test-vllm vllm lint format wheel clean
@@ -22,7 +22,7 @@ test: $(READY)
 # On the CPU build, embedded and as a server. Warnings are vLLM's own; a start takes half a minute on two cores.
 test-vllm: $(SERVES)
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm -o filterwarnings=default -o timeout=600 $(ARGS)
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/with_vllm -o filterwarnings=default -o timeout=600 $(ARGS)
 
 vllm: $(SERVES)
 

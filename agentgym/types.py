@@ -30,8 +30,7 @@ Status = Literal["terminated", "truncated", "failed"]
 FailureKind = Literal["environment", "tool", "sandbox", "engine", "timeout", "stale", "cancelled"]
 Role = Literal["system", "user", "assistant", "tool"]
 
-AGENT = "agent"
-"""The key of the only agent in a single-agent environment."""
+AGENT = "agent"  # the key of the only agent in a single-agent environment
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -199,7 +198,7 @@ class Observation(Record, frozen=True, kw_only=True):
 
 
 class Sampling(Record, frozen=True, kw_only=True):
-    """How tokens are drawn. Stop strings end the reply and stay in it; `top_k` 0 means all."""
+    """How tokens are drawn (`plain`: as the model says). Stop strings end a reply and stay in it; `top_k` 0: all."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -209,7 +208,6 @@ class Sampling(Record, frozen=True, kw_only=True):
 
     @property
     def plain(self) -> bool:
-        """Whether tokens are drawn from the raw model distribution."""
         return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0
 
 

@@ -12,6 +12,7 @@ one for the engine and one for the learner.
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def seconds_of(out: Path, cell: str, seeds: int) -> list[float]:
 
 
 def success_of(out: Path, cell: str, seeds: int) -> list[float]:
-    return [float(shop.fresh(out, cell, seed)["success"]) for seed in range(seeds)]
+    found = (json.loads((out / f"{cell}-{seed}" / shop.FRESH).read_bytes()) for seed in range(seeds))
+    return [float(judged["success"]) for judged in found]
 
 
 def ages_of(out: Path, cell: str, seeds: int) -> tuple[float, float]:

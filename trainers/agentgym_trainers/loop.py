@@ -16,7 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +199,9 @@ class _Training:
         total, done = steps_of(self.config, name), self.state.steps_done(name)
         self.state.restore(learner, name)
         for step in range(done, total):
-            started = time.perf_counter()
+            started, judged = time.perf_counter(), self.seconds["evaluation"]
             found = await one(step)
-            self.seconds[name] += time.perf_counter() - started
+            self.seconds[name] += time.perf_counter() - started - (self.seconds["evaluation"] - judged)
             self.last = found
             beside = {"timeline": self.updates.timeline} if self.updates else {}
             self.state.log({"phase": name, "step": position(self.config, name, step + 1), **found, **beside})
@@ -258,19 +258,18 @@ class _Training:
             rollouts = Remote(config, model, self.state.folder.path, self.counts)
         else:
             rollouts = player(config, env, model.engine, model.renderer, initial)
-        self.updates = Updates(self.state, env, rollouts, phase, lambda name: self._judge(name, model.engine))
-        try:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(rollouts.close)
+            self.updates = Updates(self.state, env, rollouts, phase, lambda name: self._judge(name, model.engine))
+            stack.push_async_callback(self.updates.close)
             await self._phase("rl", phase, self.updates.one, config.run.checkpoint_every)
-        finally:
-            await self.updates.close()
 
     def _initial(self) -> Any:
         """The policy as it was before reinforcement, kept in the run's folder for a resumed run."""
         folder = self.state.folder.path / "reference"
         if not folder.is_dir():
             self.model.save(folder)
-        found = self.config.model
-        return build.load(folder, device=found.device, dtype=found.dtype).requires_grad_(False)
+        return self.model.frozen(folder)
 
     # --- judging ---
 

@@ -61,8 +61,12 @@ def _sampling(config: Config) -> None:
 
 
 def _overlap(config: Config) -> None:
-    """What an engine that samples while the learner moves cannot be combined with."""
+    """What an engine that samples while the learner moves, or elsewhere, cannot be combined with."""
     r, run = config.rollout, config.run
+    if run.processes == 2 and r.engine.startswith("vllm"):
+        raise ConfigError(
+            f"rollout.engine = {r.engine!r} samples in a process of its own already; set run.processes = 1"
+        )
     if r.max_staleness == 0:
         for name, off in (("stale_caches", False), ("behaviour", "recorded")):
             if getattr(r, name) != off:
