@@ -16,10 +16,11 @@ Figures = dict[str, float]
 
 
 def outcomes(samples: Sequence[Sample]) -> Figures:
-    """Means over the episodes that did not fail: return, the environment's own figures; and how many failed."""
+    """Means over the episodes that did not fail: return, the environment's own figures, none where all did; and how
+    many failed."""
     good = [s for s in samples if s.value is not None]
     values = [s.value for s in good if s.value is not None]
-    found = {"return": _mean(values), "return_std": float(np.std(values)) if values else 0.0}
+    found = {"return": _mean(values), "return_std": float(np.std(values))} if values else {}
     found |= means(s.trajectory for s in good)
     return {**found, "episodes": float(len(good)), "failed": float(len(samples) - len(good)), **by_domain(samples)}
 

@@ -205,16 +205,17 @@ def readable(trajectory: Trajectory) -> Trajectory:
     return trajectory
 
 
-def require_outcomes(played: Sequence[Played]) -> None:
-    """Raises `Fault` where every episode of an update failed, with the commonest reason."""
+def fruitless(played: Sequence[Played]) -> Fault | None:
+    """What to raise where every episode of an update failed: the commonest reason; None where one did not."""
     found = [s.trajectory for unit in played for s in unit.everything]
     failures = Counter(f"{t.failure.kind}: {t.failure.message}" for t in found if t.failure is not None)
-    if failures and sum(failures.values()) == len(found):
-        reason, count = failures.most_common(1)[0]
-        raise Fault(
-            f"all {len(found)} episodes of this update failed, {count} of them with {reason!r}; nothing can be "
-            "learnt. Repair that and resume the run; it stands at its last checkpoint"
-        )
+    if not failures or sum(failures.values()) < len(found):
+        return None
+    reason, count = failures.most_common(1)[0]
+    return Fault(
+        f"all {len(found)} episodes of this update failed, {count} of them with {reason!r}; nothing can be "
+        "learnt. Repair that and resume the run; it stands at its last checkpoint"
+    )
 
 
 class Buffer:

@@ -28,7 +28,7 @@ from agentgym_trainers.journal import Standing
 from agentgym_trainers.pipeline import Pipeline
 from agentgym_trainers.reinforce import Learned, Reinforcement
 from agentgym_trainers.remote import Remote
-from agentgym_trainers.rollouts import Played, Rollouts, TaskCursor, require_outcomes
+from agentgym_trainers.rollouts import Played, Rollouts, TaskCursor, fruitless
 from agentgym_trainers.schedule import Schedule
 from agentgym_trainers.state import State, position
 
@@ -65,6 +65,8 @@ class Updates:
         run = self.config.run
         self.timeline: dict[str, Any] = {}
         self.clock = Clock()
+        self.fruitless = 0
+        """Updates in a row in which every episode failed."""
         self._thread = ThreadPoolExecutor(1, "agentgym-learner", initializer=lambda: pin(run.threads, run.cores))
 
     async def one(self, step: int) -> Figures:
@@ -72,7 +74,7 @@ class Updates:
         clock, version = self.clock, self.line.schedule.version
         self.rollouts.reprice(self.phase.multipliers.state())
         played = await self.line.take()
-        require_outcomes(played)
+        self._require_outcomes(played)
         clock.lap("waiting")
         with fitting(version + 1):
             learned = await self.off_loop(self.phase.learn, played, version)
@@ -94,10 +96,19 @@ class Updates:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def close(self) -> None:
-        """End play and learning; what is under way is cancelled."""
-        await self.line.close()
-        await self.rollouts.close()
-        self._thread.shutdown()
+        """End play and learning: units under way are cancelled, a step of the learner is waited for."""
+        try:
+            await self.line.close()
+        finally:
+            self._thread.shutdown()
+
+    def _require_outcomes(self, played: Sequence[Played]) -> None:
+        """Where play overlaps, failures end early and make an update of their own: only one after the other, over the
+        whole window of what was begun together, are they the end."""
+        fault = fruitless(played)
+        self.fruitless = self.fruitless + 1 if fault else 0
+        if fault and self.fruitless > self.config.rollout.max_staleness:
+            raise fault
 
     def _store(self, played: Sequence[Played], learned: Learned, number: int) -> None:
         for sample in (*learned.samples, *(s for unit in played for s in unit.aside)):
