@@ -169,6 +169,18 @@ def test_when_everything_fails_the_run_says_why(tmp_path: Path) -> None:
         PolicyGradient.train(declared, tmp_path / "run")
 
 
+def test_seconds_of_evaluations_are_told_once(tmp_path: Path) -> None:
+    """Evaluations between updates are not seconds of reinforcement too."""
+    declared = config(
+        run={"steps": 2}, warmup={"steps": 0}, sft={"steps": 0}, eval={"episodes": 200, "every": 1, "ladder": False}
+    )
+    seconds = PolicyGradient.train(declared, tmp_path / "run").seconds
+    lines = [line for line in load_run(tmp_path / "run").metrics if line["phase"] == "rl"]
+    laps = {what: sum(line[f"seconds_{what}"] for line in lines) for what in ("waiting", "learning", "evaluating")}
+    assert seconds["evaluation"] > laps["evaluating"] > 0.1
+    assert seconds["rl"] < laps["waiting"] + laps["learning"] + laps["evaluating"] / 2
+
+
 def test_a_reference_is_kept_for_a_resumed_run(tmp_path: Path) -> None:
     objective = {"regularisers": [{"kind": "kl", "coef": 0.01}]}
     declared = config(run={"steps": 2}, warmup={"steps": 0}, eval={"episodes": 0}, objective=objective)
