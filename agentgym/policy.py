@@ -65,6 +65,10 @@ class Publishes(Protocol):
         ...
 
 
+HELD = 0.95
+"""Share of an engine's cache from which on it counts as held."""
+
+
 class Load(msgspec.Struct, frozen=True, kw_only=True):
     """How busy an engine is: replies being sampled and waiting for a slot, slots in all, and the share [0, 1] of its
     cache that live sessions hold."""
@@ -76,8 +80,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def full(self) -> bool:
-        """Whether further episodes would only wait: a whole round of replies does already."""
-        return self.waiting >= self.slots
+        """Whether further episodes would only wait: a whole round of replies does already, or some do and live sessions
+        hold all of the cache, so that each newcomer would cost somebody theirs."""
+        return self.waiting >= self.slots or (self.waiting > 0 and self.cache >= HELD)
 
 
 @runtime_checkable

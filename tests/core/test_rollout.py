@@ -13,7 +13,7 @@ import pytest
 
 from agentgym.env import Environment, SingleAgentEnv
 from agentgym.errors import ConfigError, SandboxUnavailable, ToolFault, UnknownName
-from agentgym.policy import Scripted
+from agentgym.policy import Load, Scripted
 from agentgym.rollout import Limits, Runner, episodes
 from agentgym.testing.fakes import LATENCIES, CountingEnv, FakePolicy, FlakyEnv, SimulatedPolicy
 from agentgym.types import (
@@ -520,3 +520,16 @@ async def test_no_more_than_concurrency_are_alive_and_all_of_it_is_used() -> Non
     env = Crowd()
     await Runner(env, FakePolicy(), concurrency=100).collect(episodes(env.tasks()))
     assert env.alive == {"now": 0, "most": 100}
+
+
+@pytest.mark.parametrize(
+    ("load", "full"),
+    [
+        (Load(running=8, waiting=7, slots=8, cache=0.5), False),
+        (Load(running=8, waiting=8, slots=8, cache=0.5), True),
+        (Load(running=8, waiting=1, slots=8, cache=1.0), True),
+        (Load(running=8, waiting=0, slots=8, cache=1.0), False),
+    ],
+)
+def test_an_engine_is_full_where_newcomers_would_only_wait(load: Load, full: bool) -> None:
+    assert load.full is full
