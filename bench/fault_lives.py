@@ -277,7 +277,8 @@ def account(row: Path, kept: Mapping[str, Any]) -> dict[str, Any]:
     from agentgym_trainers.rollouts import oldest
 
     run, told = load_run(row / "run"), faulty.struck(row / "ledger")
-    counts: dict[str, int] = json.loads((row / "run" / "summary.json").read_text())["counts"]
+    summary = row / "run" / "summary.json"
+    counts: dict[str, int] = json.loads(summary.read_text())["counts"] if summary.is_file() else {}
     stored: list[Trajectory] = list(run.trajectories())
     ages = [e.step - 1 - oldest(t, e.step - 1) for e, t in zip(run.index, stored, strict=True)]
     content = {t.episode.id: t.content() for t in stored}

@@ -74,6 +74,23 @@ def broken(*tables: Mapping[str, Any]) -> Callable[[Path], Found]:
     return row
 
 
+def down(path: Path) -> Found:
+    """Every step raises until somebody repairs the environment: here, by a line of the run's config."""
+    preset(path, {"env": {"raises": 1.0}, "run": {"steps": 20}})
+    stopped = Life(path)
+    first = stopped.ended()
+    complaints, kept, left = stopped.complaints, finished(path / "run"), leaks(path, SHARED)
+    config = path / "run" / "config.toml"
+    config.write_text(config.read_text().replace("raises = 1.0", "raises = 0.0"))
+    resumed = Life(path)
+    code = resumed.ended()
+    found = {**told_of(resumed, code), **account(path, kept), "kept": len(kept)}
+    found["struck"] = {"raised": lives.faulty.struck(path / "ledger")["r"]}
+    problems = stops(first, complaints, left, "nothing can be learnt. Repair that and resume")
+    problems += [("repaired and resumed, it did not finish", code != 0), ("nothing was learnt", not found["consumed"])]
+    return judged(path, {**found, "error": " / ".join(complaints), "exit": first}, problems)
+
+
 # --- endpoints that break ---------------------------------------------------------------------------------------
 
 
@@ -203,20 +220,11 @@ def full(part: str, kib: int) -> Callable[[Path], Found]:
             resumed = Life(path)
             code = resumed.ended()
             found = {**told_of(resumed, code), **account(path, kept), "struck": {"full disk": 1}, "kept": len(kept)}
-        problems = [
-            (f"it stopped with exit code {first}", first != 2),
-            ("it complained more than once", len(complaints) != 1),
-            ("the error names neither place nor way out", not names(complaints, part, "make room, then resume")),
-            ("resumed, it did not finish", code != 0),
-            (f"stopped, it left {left}", any(left.values())),
-        ]
+        problems = stops(first, complaints, left, f"/{part}/", "make room, then resume")
+        problems += [("resumed, it did not finish", code != 0)]
         return judged(path, {**found, "error": " / ".join(complaints), "exit": first}, problems)
 
     return row
-
-
-def names(complaints: list[str], *words: str) -> bool:
-    return all(word in line for line in complaints for word in words)
 
 
 WIDE: dict[str, Any] = {
@@ -240,19 +248,24 @@ def short_of_memory(path: Path) -> Found:
     resumed = Life(path, "--room", str(ROOM))
     code = resumed.ended()
     found = {**told_of(resumed, code), **account(path, kept), "struck": {"allocations": 1}, "kept": len(kept)}
-    problems = [
-        (f"it stopped with exit code {first}", first != 2),
-        ("it complained more than once", len(complaints) != 1),
-        ("the error names no way out", not names(complaints, "no memory for update", "optim.micro_tokens")),
-        ("resumed under the same limit, it did not finish", code != 0),
-        (f"stopped, it left {left}", any(left.values())),
-    ]
+    problems = stops(first, complaints, left, "no memory for update", "optim.micro_tokens")
+    problems += [("resumed under the same limit, it did not finish", code != 0)]
     return judged(path, {**found, "error": " / ".join(complaints), "exit": first}, problems)
 
 
 # --- judging ----------------------------------------------------------------------------------------------------
 
 SHARED = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+
+
+def stops(code: int, complaints: list[str], left: Mapping[str, list[str]], *words: str) -> list[tuple[str, bool]]:
+    """What is wrong with a run that should have stopped with one line of error with these words in it."""
+    return [
+        (f"it stopped with exit code {code}", code != 2),
+        (f"it complained {len(complaints)} times", len(complaints) != 1),
+        (f"its error does not say {words}", not all(word in line for line in complaints for word in words)),
+        (f"stopped, it left {left}", any(left.values())),
+    ]
 
 
 def told_of(life: Life, code: int) -> Found:
@@ -287,6 +300,7 @@ def rows(kills: int) -> dict[str, Row]:
         "garbage": (f"10 % of the steps answer nonsense of {len(lives.faulty.GARBAGE)} kinds", broken(GARBAGE)),
         "all-sync": ("all three, staleness 0", broken(ALL, SYNC)),
         "all-two": ("all three, two processes", broken(ALL, TWO)),
+        "down": ("every step raises; repaired after the run stopped", down),
         "500": ("30 % of the answers are 500s", endpoint(**{"500": 0.3})),
         "timeouts": ("30 % come after 60 s; 0.4 s a try", endpoint(timeout=0.3)),
         "malformed": ("30 % are malformed JSON", endpoint(malformed=0.3)),

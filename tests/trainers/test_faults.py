@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from agentgym import registry
-from agentgym.errors import ModelError, StoreError
+from agentgym.errors import Fault, ModelError, StoreError
 from agentgym.store import load_run
 from agentgym.types import Message, Observation, Trajectory
 from agentgym_trainers.config import Config, from_table
@@ -37,11 +37,11 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> Any:
     registry.unregister(faulty.Faulty.id)
 
 
-def config(ledger: Path, *, every: int = 2, **env: Any) -> Config:
+def config(ledger: Path, *, steps: int = 5, every: int = 2, **env: Any) -> Config:
     return from_table(
         {
             "env": {"id": faulty.Faulty.id, "ledger": str(ledger), **env},
-            "run": {"steps": 5, "threads": 1, "checkpoint_every": every},
+            "run": {"steps": steps, "threads": 1, "checkpoint_every": every},
             "model": {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1},
             "rollout": {
                 "tasks_per_step": 3,
@@ -95,6 +95,19 @@ def test_what_no_folder_could_give_back_is_a_failed_trajectory_without_contents(
     assert found.failure is not None
     assert "Expected `str | array`, got `int`" in found.failure.message
     assert found.episode == odd.episode
+
+
+def test_what_stopped_a_run_can_be_repaired_and_the_run_resumed(tmp_path: Path) -> None:
+    """The failed episodes of the earlier life stand in the journal, and are no reason to stop again."""
+    out = tmp_path / "run"
+    with pytest.raises(Fault, match=r"all 12 episodes of this update failed.*Repair that and resume"):
+        PolicyGradient.train(config(tmp_path / "ledger", steps=9, every=100, raises=1.0), out)
+    declared = out / "config.toml"
+    declared.write_text(declared.read_text().replace("raises = 1.0", "raises = 0.0"))
+    summary = PolicyGradient.train(None, out, resume=True)
+    assert summary.counts["failed"] == faulty.struck(tmp_path / "ledger")["r"] >= 3 * 12
+    assert summary.counts["consumed"] == faulty.struck(tmp_path / "ledger")["e"] >= 3 * 12
+    assert len(load_run(out)) == 9 * 12
 
 
 @contextmanager

@@ -65,6 +65,7 @@ class Updates:
         run = self.config.run
         self.timeline: dict[str, Any] = {}
         self.clock = Clock()
+        self.began = time.time()
         self.fruitless = 0
         """Updates in a row in which every episode failed."""
         self._thread = ThreadPoolExecutor(1, "agentgym-learner", initializer=lambda: pin(run.threads, run.cores))
@@ -104,10 +105,12 @@ class Updates:
 
     def _require_outcomes(self, played: Sequence[Played]) -> None:
         """Where play overlaps, failures end early and make an update of their own: only one after the other, over the
-        whole window of what was begun together, are they the end."""
-        fault = fruitless(played)
+        whole window of what was begun together, are they the end. What an earlier life of the run met is not: it may
+        be repaired, and a resumed run has to pass it."""
+        fault = fruitless(played) if any(unit.ended > self.began for unit in played) else None
         self.fruitless = self.fruitless + 1 if fault else 0
         if fault and self.fruitless > self.config.rollout.max_staleness:
+            self.line.dismiss(unit for unit in (*played, *self.line.played.values()) if fruitless([unit]))
             raise fault
 
     def _store(self, played: Sequence[Played], learned: Learned, number: int) -> None:
