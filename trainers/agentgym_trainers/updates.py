@@ -110,7 +110,6 @@ class Updates:
         fault = fruitless(played) if any(unit.ended > self.began for unit in played) else None
         self.fruitless = self.fruitless + 1 if fault else 0
         if fault and self.fruitless > self.config.rollout.max_staleness:
-            self.line.dismiss(unit for unit in (*played, *self.line.played.values()) if fruitless([unit]))
             raise fault
 
     def _store(self, played: Sequence[Played], learned: Learned, number: int) -> None:
