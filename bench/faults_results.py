@@ -364,7 +364,8 @@ def line(found: Found) -> str:
     kinds = f" ({counted(found['failed'])})" if failed else ""
     dropped = sum(found["dropped"].values())
     sums = f"{found['consumed']} + {failed}{kinds} + {dropped} + {found['again']}"
-    wrong = ", ".join(str(found.get(name, "-")) for name in ("twice", "lost", "rewarded"))
+    lost = f"{found['lost']} of {found['kept']}" if "kept" in found else found.get("lost", "-")
+    wrong = f"{found.get('twice', '-')}, {lost}, {found.get('rewarded', '-')}"
     left = ", ".join(str(len(found["left"][kind])) for kind in ("processes", "sockets", "files"))
     failure = "".join(f" **FAILED: {problem}**" for problem in found["problems"])
     cells = [
@@ -415,18 +416,18 @@ episodes an update, trained by the command `agentgym train` in processes of its 
 {BOUND}` unless a row says otherwise. Episodes begun and faults are counted by the environment or the server itself, one
 byte of a file each, so that no kill takes them back. Kills fall up to {WINDOW} s after training began, every other one
 after the first episode of that life. Played again: a fault was retried, or the unit was under way when a process died.
-Lost: episodes of units that stood in the journal when a process died, and do not stand in the finished run unchanged.
-Left: processes that inherited a mark of the row; open descriptors of the last process beyond those that it had after a
-short run before; and in its temporary folder, /dev/shm, and the run's folder (lock, half-written checkpoints, the
-worker's home) whatever was not there before.
+Lost: of the episodes that stood in the journal when a process ended, those that do not stand unchanged in the finished
+run. Left: processes that inherited a mark of the row; open descriptors of the last process beyond those that it had
+after a short run before; and in its temporary folder, /dev/shm, and the run's folder (lock, half-written checkpoints,
+the worker's home) whatever was not there before.
 
 {HEAD}
 {chr(10).join(line(row) for row in found.values())}
 
 Endpoints are evaluated with, not trained on: the server is on the loopback, its answers are right whenever it answers,
-each call has 3 retries and each episode 2. So every success rate must be exactly 1 among the outcomes, and is.
+each call has 3 retries and each episode 2. Required besides: among the outcomes, the success rate is exactly 1 and the
+mean return exactly 2. Where nothing but faults came, there is no outcome and no mean.
 
-A retried fault of the server costs time only: the failed episodes above are those whose retries all met another one.
 An environment's message of a wrong type is noticed by the policy that reads it, and counted there (`engine`).
 
 What the stopped runs said:
