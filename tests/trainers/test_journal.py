@@ -49,7 +49,7 @@ def test_bytes_that_changed_end_it(tmp_path: Path) -> None:
     whole[-1] ^= 1
     path.write_bytes(whole)
     with closing(Journal(tmp_path, 0)) as journal:
-        assert sorted(journal.history.begun) == [0, 1]
+        assert sorted(journal.history().begun) == [0, 1]
 
 
 def test_a_checkpoint_takes_the_place_of_what_lay_there_all_or_nothing(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_checkpoint_takes_the_place_of_what_lay_there_all_or_nothing(tmp_path:
     assert told(tmp_path, 2) == [unit(0), unit(1), unit(2)]
     assert sorted(path.name for path in (tmp_path / "journal").iterdir()) == ["000000.frames", "000002.frames"]
     with closing(Journal(tmp_path, 2)) as journal:
-        assert sorted(journal.history.begun) == [0, 1, 2]
+        assert sorted(journal.history().begun) == [0, 1, 2]
     assert [path.name for path in (tmp_path / "journal").iterdir()] == ["000002.frames"]
 
 
@@ -82,6 +82,6 @@ def test_without_the_file_of_a_checkpoint_there_is_no_history(tmp_path: Path) ->
     with closing(Journal(tmp_path, 0)) as journal:
         journal.begin(4, EVENTS)
     with closing(Journal(tmp_path, 2)) as journal:
-        assert not journal.history.begun
-        assert not journal.history.taken
+        assert not journal.history().begun
+        assert not journal.history().taken
     assert [path.name for path in (tmp_path / "journal").iterdir()] == ["000002.frames"]

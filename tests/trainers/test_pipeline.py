@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
@@ -219,7 +220,7 @@ def test_killed_anywhere_it_loses_unfinished_units_alone(
         """A life that ends after `at` seconds. What it had taken, it must take again; what it had played, it has."""
         asked = len(rollouts.asked)
         with run.line(places=5) as line:
-            known = set(line.played) | {n for taken in line.journal.history.taken.values() for n in taken}
+            known = set(line.played)
             task = asyncio.ensure_future(run.live(line, step, every))
             await asyncio.wait([task], timeout=at)
             dead = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
@@ -403,6 +404,25 @@ def test_a_checkpoint_tells_the_strategys_memory_of_now(tmp_path: Path) -> None:
             await line.close()
         assert first.number == 0
         with closing(Journal(tmp_path, 1)) as journal:
-            assert journal.history.memory == line.memory == {"unit": 3}
+            assert journal.history().memory == line.memory == {"unit": 3}
+
+    by_virtual_clock(main)
+
+
+def test_what_an_earlier_life_played_is_not_kept_once_it_is_taken(tmp_path: Path) -> None:
+    rollouts = Rollouts([1.0], 0.0, 99)
+
+    async def main() -> None:
+        run = Run(tmp_path, rollouts, batch=1, max_staleness=1, updates=9)
+        with run.line(places=2) as line:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(run.live(line, 1.0, every=99), 5.5)
+            await line.close()
+        with run.line(places=2) as line:
+            assert len(line.played) > 3
+            (first,) = await line.take()
+            alone = Played(number=0, groups=[])
+            assert sys.getrefcount(first) == sys.getrefcount(alone)
+            await line.close()
 
     by_virtual_clock(main)

@@ -67,16 +67,19 @@ class History:
 
 
 class Journal:
-    """The journal of the run in `folder`, from checkpoint `position` on. `history` is what it held when opened."""
+    """The journal of the run in `folder`, from checkpoint `position` on."""
 
     def __init__(self, folder: Path, position: int) -> None:
         self.folder = folder / "journal"
         self.folder.mkdir(exist_ok=True)
         self.prune(position if self._path(position).is_file() else math.inf)
-        self.history = History(event for path in self._files() for event in read(path))
         newest = next(reversed(self._files()), self._path(position))
         self._file = Appender(newest)
         self._file.cut(sum(_HEAD.size + len(frame) for frame in _frames(newest)))
+
+    def history(self) -> History:
+        """What it holds by now. It is read anew, and not kept: an earlier life of the run may have played much."""
+        return History(event for path in self._files() for event in read(path))
 
     def write(self, event: Event) -> None:
         """Add an event: it survives a kill from here on. Raises `StoreError` on a full disk, and holds none of it."""

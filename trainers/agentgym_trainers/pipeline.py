@@ -18,7 +18,7 @@ from typing import Protocol
 
 from agentgym.errors import ConfigError, Fault
 from agentgym.policy import Load
-from agentgym_trainers.journal import Event, Journal, Standing, Taken
+from agentgym_trainers.journal import Event, History, Journal, Standing, Taken
 from agentgym_trainers.rollouts import Played, TaskCursor, Unit
 from agentgym_trainers.schedule import Schedule
 
@@ -59,11 +59,12 @@ class Pipeline:
         self._wake = asyncio.Event()
         self._error: BaseException | None = None
         self._looking = False
-        self._again = dict(journal.history.taken)
+        history = journal.history()
+        self._again = history.taken
         self._left: list[Unit] = []
-        self.memory = journal.history.memory
+        self.memory = history.memory
         """What the strategy knew after the unit that ended last."""
-        self._adopt()
+        self._adopt(history)
 
     async def take(self) -> list[Played]:
         """The units of the next update, oldest first. Raises what stopped a unit that could not be played."""
@@ -187,12 +188,12 @@ class Pipeline:
 
     # --- an earlier life ---
 
-    def _adopt(self) -> None:
+    def _adopt(self, history: History) -> None:
         """Raises `ConfigError` for open units that this run's settings could not have begun."""
-        history, schedule = self.journal.history, self.schedule
+        schedule = self.schedule
         for unit in history.begun.values():
             self.cursor.skip(unit.tasks if unit.number >= schedule.next else ())
-        self.units, self.played = dict(history.begun), dict(history.played)
+        self.units, self.played = history.begun, history.played
         self._left = [unit for number, unit in self.units.items() if number not in self.played]
         resumes = max(self._again, default=schedule.version)
         for number, unit in self.units.items():
