@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def _checkpointed(forward: Callable[..., Any], hidden: Tensor, *args: Any, **opt
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:
     """Run norms and MLPs of the layers through torch.compile, in passes with gradients alone: an engine that shares the
-    module decodes as before. Copies of the model are for passes without gradients.
+    module decodes as before. A copy of the model compiles its own.
 
     Attention stays as it is: its blocks change shape with every batch, and a layer compiled around them took minutes to
     compile. `ConfigError` where the CPU has no C++ compiler.
@@ -77,9 +78,18 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
         )
     parts = (part for layer in layers_of(model) for part in layer.children() if not hasattr(part, "q_proj"))
     for part in parts:
-        compiled = torch.compile(part.forward, dynamic=True, backend=backend)
-        part.forward = partial(_learning, compiled, part.forward)
+        part.forward = _Learning(part.forward, backend)
 
 
-def _learning(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    return (compiled if torch.is_grad_enabled() else plain)(*args, **options)
+class _Learning:
+    """A forward pass, compiled where there are gradients. What was compiled is bound to one module's weights."""
+
+    def __init__(self, plain: Callable[..., Any], backend: str) -> None:
+        self.plain, self.backend = plain, backend
+        self.compiled = torch.compile(plain, dynamic=True, backend=backend)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return (self.compiled if torch.is_grad_enabled() else self.plain)(*args, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Learning:
+        return _Learning(copy.deepcopy(self.plain, memo), self.backend)

@@ -99,6 +99,9 @@ def test_compiled_layers_learn_the_same_and_leave_other_passes_alone() -> None:
         torch.testing.assert_close(found[parameter], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-5)
     with torch.no_grad():
         assert torch.equal(hidden(model), hidden(plain))
+    twin = copy.deepcopy(model)
+    _, found = differentiate(twin)  # into its own weights
+    assert found.keys() == expected.keys()
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
