@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import signal
@@ -257,6 +258,25 @@ def test_what_was_played_right_after_the_warm_start_is_kept(tmp_path: Path) -> N
     PolicyGradient.train(None, tmp_path / "run", resume=True)
     kept = {t.episode.id: t.content() for t in load_run(tmp_path / "run").trajectories()}
     assert all(kept[id] == content for id, content in finished.items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files by /proc")
+def test_a_resumed_run_that_is_refused_leaves_nothing_open(tmp_path: Path) -> None:
+    """Units that began under a bound of 2 are not dropped silently because somebody lowered it meanwhile."""
+
+    def stop(phase: str, done: int, total: int, figures: Any) -> None:
+        raise KeyboardInterrupt
+
+    out, opened = tmp_path / "run", len(os.listdir("/proc/self/fd"))
+    with pytest.raises(KeyboardInterrupt):
+        PolicyGradient.train(config(**ASYNC), out, progress=stop)
+    written = out / "config.toml"
+    edited = written.read_text().replace("max_staleness = 2", "max_staleness = 0")
+    written.write_text(edited.replace("processes = 1", "processes = 2"))
+    with pytest.raises(ConfigError, match="set them back in its config"):
+        PolicyGradient.train(None, out, resume=True)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def _finished(out: Path) -> dict[str, Any]:
