@@ -6,6 +6,7 @@ turn, position) alone. So what a session samples does not depend on who shares i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,9 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agentgym.errors import ConfigError
+from agentgym.errors import ConfigError, ModelError
 from agentgym.seeding import uniforms
 from agentgym.types import Sampling
+
+ONE = 2**52
+"""Probability 1 where probabilities are added up."""
 
 
 class Drawn(NamedTuple):
@@ -63,19 +67,25 @@ def _cut_k(logprobs: Tensor, k: Tensor) -> Tensor:
 def _cut_p(logprobs: Tensor, p: Tensor) -> Tensor:
     """Keep the smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020)."""
     ordered, order = logprobs.sort(dim=-1, descending=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()
-    reached = (before >= p[:, None]) & (p[:, None] < 1)
+    share = _shares(ordered)
+    before = share.cumsum(-1) - share
+    reached = (before >= p.double()[:, None] * ONE) & (p[:, None] < 1)
     cut = torch.zeros_like(reached).scatter(-1, order, reached)
     return logprobs.masked_fill(cut, -torch.inf).log_softmax(-1)
 
 
 def invert(logprobs: Tensor, noise: NDArray[np.float64]) -> Tensor:
     """The first token whose cumulative probability exceeds the noise, never an impossible one: [R, V], [R] -> [R]."""
-    cumulative = logprobs.double().exp().cumsum(-1)
+    cumulative = _shares(logprobs).cumsum(-1)
     total = cumulative[:, -1:]
-    target = torch.from_numpy(noise).to(logprobs.device)[:, None] * total
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    target = (torch.from_numpy(noise).to(logprobs.device)[:, None] * total).long()
+    found = torch.searchsorted(cumulative, target.minimum(total - 1), right=True)[:, 0]
+    return found.clamp(max=logprobs.shape[-1] - 1)  # without numbers it is anywhere
+
+
+def _shares(logprobs: Tensor) -> Tensor:
+    """Probabilities as integers, in parts of `ONE`: a GPU adds them up in one way, as it does no floats."""
+    return (logprobs.double().exp() * ONE).long()
 
 
 def draw(
@@ -86,7 +96,7 @@ def draw(
     forced: Sequence[int | None] | None = None,
 ) -> Drawn:
     """One token per row. `keys` and `positions` (index within the reply) give the noise; a `forced` id is not drawn,
-    and its second log-prob is for whoever forced it to say."""
+    and its second log-prob is for whoever forced it to say. `ModelError` where the logits are no numbers."""
     raw = logits.float().log_softmax(-1)
     processed = raw if all(s.plain for s in samplings) else processed_logprobs(raw, samplings)
     noise = uniforms(np.array(keys, np.uint64), np.array(positions, np.int64))
@@ -95,5 +105,7 @@ def draw(
         if token is not None:
             chosen[row] = token
     logprobs = raw.gather(-1, chosen)[:, 0].tolist()
+    if any(map(math.isnan, logprobs)):
+        raise ModelError("the model's logits are not numbers (NaN); nothing can be sampled from such weights")
     same = processed is raw
     return Drawn(chosen[:, 0].tolist(), logprobs, logprobs if same else processed.gather(-1, chosen)[:, 0].tolist())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentgym.errors import ConfigError
+from agentgym.errors import ConfigError, ModelError
 from agentgym.types import Sampling
 from agentgym_policies.sampling import check, draw, invert, processed_logprobs
 
@@ -86,6 +86,25 @@ def test_impossible_tokens_are_never_drawn_even_at_the_edges() -> None:
     row = torch.tensor([[-torch.inf, 0.5, -torch.inf, 0.5, -torch.inf]]).log_softmax(-1)
     edges = np.array([0.0, 0.5 - 1e-12, 0.5 + 1e-12, np.nextafter(1.0, 0.0)])
     assert invert(row.expand(4, -1), edges).tolist() == [1, 1, 3, 3]
+
+
+def test_a_gpu_draws_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There torch refuses to add floats up along a row: a GPU would do it in another order each time."""
+    plain = torch.Tensor.cumsum
+
+    def refusing(x: torch.Tensor, dim: int) -> torch.Tensor:
+        assert not x.is_floating_point()
+        return plain(x, dim)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", refusing)
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    for sampling in (Sampling(), Sampling(top_p=0.9)):
+        assert len(draw(logits, [sampling] * 4, list(range(4)), [0] * 4).ids) == 4
+
+
+def test_weights_that_are_no_numbers_give_an_error_and_no_token() -> None:
+    with pytest.raises(ModelError, match="not numbers"):
+        draw(torch.full((2, 5), torch.nan), [Sampling()] * 2, [1, 2], [0, 0])
 
 
 def test_a_row_draws_the_same_in_any_company() -> None:
