@@ -1,12 +1,13 @@
 """The figures of docs/results/async.md: overlapped against synchronous training on shopping, five seeds.
 
-    python bench/async_results.py                       # about 40 minutes on 2 quiet cores, one cell at a time
+    python bench/async_results.py                       # about 50 minutes on 2 quiet cores, one cell at a time
     python bench/async_results.py --seeds 2 --out runs/quick
 
 Every cell is a run folder of its own under --out; what is finished is not done again, what was interrupted goes on.
 A seed's cells share one warm start, tasks and objective. They differ in whether rollouts and learning overlap, and in
 how long user and shop take to answer. Both ways have two threads in all: in turns both for whoever works, overlapped
-one for the engine and one for the learner.
+one for the engine and one for the learner, each in a process of its own (in one process the two would share Python's
+lock, and a step of so small a model is Python for the most part).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LATENCY = 0.2
 STALENESS = 2
 MODES = {
     "sync": ["run.threads=2", "rollout.threads=2"],
-    "async": ["run.threads=1", "rollout.threads=1", f"rollout.max_staleness={STALENESS}"],
+    "async": ["run.threads=1", "rollout.threads=1", "run.processes=2", f"rollout.max_staleness={STALENESS}"],
 }
 LATENCIES = {"slow": LATENCY, "instant": 0.0}
 CELLS = {f"{mode}-{name}": (mode, seconds) for name, seconds in LATENCIES.items() for mode in MODES}
@@ -48,7 +49,7 @@ def train(out: Path, cell: str, seed: int, quick: list[str]) -> None:
     from agentgym_trainers.loop import PolicyGradient
 
     if cell == "warm":
-        shop.train(out, cell, seed, quick)
+        shop.train(out, cell, seed, [setting for setting in quick if not setting.startswith("run.steps")])
         return
     folder = out / f"{cell}-{seed}"
     resumed = (folder / "config.toml").is_file()
@@ -141,7 +142,7 @@ taken seed by seed.
 
 Preset `{shop.PRESET}`: a small model made on the spot, {steps} updates of 192 episodes, from one warm start a seed.
 Both modes have two threads in all: `sync` takes turns (both threads for whoever works), `async` overlaps with
-`rollout.max_staleness = {STALENESS}` (one thread for the engine, one for the learner). The objective is the preset's:
+`rollout.max_staleness = {STALENESS}` in two processes (one thread for the engine, one for the learner). The objective is the preset's:
 its ratio is against the recorded log-probs of whichever weights sampled a token. Nothing was tuned for either mode.
 Success is strict, on {shop.EPISODES} held-out tasks, other ones for each seed, judged without latency at temperature 1.
 
