@@ -229,13 +229,23 @@ def test_joined_tokens_are_those_of_one_batch() -> None:
     assert rows(found) == rows(whole)
 
 
+def test_no_gradient_takes_memory_between_updates() -> None:
+    trainable = Bare()
+    trainable.module().bfloat16()
+    learner = Learner(trainable, Objective(), Optim(), total_steps=1)
+    assert learner.update(EPISODES, CREDIT)["grad_norm"] > 0
+    assert all(p.grad is None for p in (*learner.parameters, *learner.masters))
+
+
 def test_only_the_parameters_that_are_named_move() -> None:
     trainable = Bare()
     before = {name: p.clone() for name, p in trainable.module().named_parameters()}
+    reached = set()
+    for name, p in trainable.module().named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
     learner = Learner(trainable, Objective(), Optim(only=r"layers\.1\.mlp"), total_steps=1)
     learner.update(EPISODES, CREDIT)
     moved = {name for name, p in trainable.module().named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if "layers.1.mlp" in name}
-    assert all(p.grad is None for name, p in trainable.module().named_parameters() if name not in moved)
+    assert moved == reached == {name for name in before if "layers.1.mlp" in name}
     with pytest.raises(ConfigError, match=r"optim.only = 'layer.9' finds no parameter; .*embed_tokens"):
         Learner(trainable, Objective(), Optim(only="layer.9"), total_steps=1)

@@ -236,6 +236,7 @@ class Learner:
         figures |= numbers(self.objective)
         self._require_finite("loss", value)
         figures["grad_norm"] = self.move()
+        self.clear()
         self.objective = controlled(self.objective, self.steps, figures)
         return figures
 
@@ -327,7 +328,7 @@ class Learner:
 
     def clear(self) -> None:
         """Forget the accumulated gradient."""
-        for p in self.trainable.module().parameters():
+        for p in (*self.trainable.module().parameters(), *self.masters):
             p.grad = None
 
     def move(self) -> float:
