@@ -58,7 +58,7 @@ def sampling(size: str, device: str, sessions: int, rounds: int, vllm_python: st
                 if turn:
                     rates[name].append(plan.tokens / (time.perf_counter() - begun))
     shape = flops.shape(model)
-    able = flops.peak(device, next(model.parameters()).dtype, torch.get_num_threads())
+    able = flops.peak_of(model)
     per_token = 2 * (shape.trunk + shape.head)
     return [
         {

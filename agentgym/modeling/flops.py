@@ -115,10 +115,16 @@ def utilisation(
     """Of an update that went over these trajectories `epochs` times: tokens a second, context included, and the model's
     FLOP utilisation: useful operations over what `ranks` machines like this one could have done in the time."""
     lengths, trained = lengths_of(trajectories)
-    like = next(model.parameters())
-    able = ranks * peak(str(like.device), like.dtype, torch.get_num_threads()) * seconds
+    able = ranks * peak_of(model) * seconds
     useful = epochs * training(shape(model), lengths, trained).useful
     return {"learn_tokens_per_second": epochs * sum(lengths) / seconds, "mfu": useful / able}
+
+
+def peak_of(model: Any) -> float:
+    """Operations a second where this model computes, with the threads of now. Measured by the first call: let that be
+    while nothing else computes."""
+    like = next(model.parameters())
+    return peak(str(like.device), like.dtype, torch.get_num_threads())
 
 
 @lru_cache

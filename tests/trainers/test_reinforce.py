@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+import torch
 from safetensors.torch import load_file
 from toys import BanditEnv, register, table
 
 from agentgym.errors import ConfigError, Fault
+from agentgym.modeling import flops
 from agentgym.store import load_run
 from agentgym_trainers.config import Config, from_table, resolve
 from agentgym_trainers.loop import PolicyGradient
+from agentgym_trainers.reinforce import Reinforcement
 from agentgym_trainers.state import MODEL
 
 QUIET = {"warmup": {"steps": 0}, "eval": {"episodes": 0}, "run": {"steps": 4, "threads": 1, "checkpoint_every": 2}}
@@ -202,3 +206,32 @@ def test_a_run_names_its_method(tmp_path: Path) -> None:
     assert held["objective"]["ratio"] == {"kind": "sequence"}
     assert held["method"] == str(mine)
     assert BanditEnv.id == held["env"]["id"]
+
+
+def test_threads_are_the_learners_own_and_the_machine_is_measured_before_anybody_plays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's threads are no others' business, and what a machine can do is not measured beside one at work."""
+    measured, learnt, learn = [], [], Reinforcement.learn
+
+    def measure(*_: Any) -> float:
+        measured.append(threading.current_thread())
+        return 1e9
+
+    def spied(phase: Reinforcement, *given: Any) -> Any:
+        learnt.append(torch.get_num_threads())
+        return learn(phase, *given)
+
+    monkeypatch.setattr(flops, "measured", measure)
+    monkeypatch.setattr(Reinforcement, "learn", spied)
+    flops.peak.cache_clear()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        quiet = config(run={"steps": 1, "threads": 0}, rollout={"threads": 1, "max_staleness": 1}, sft={"steps": 0})
+        PolicyGradient.train(quiet, tmp_path / "run")
+    finally:
+        torch.set_num_threads(before)
+        flops.peak.cache_clear()
+    assert measured == [threading.main_thread()]
+    assert learnt == [2]

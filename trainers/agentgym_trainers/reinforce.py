@@ -23,7 +23,7 @@ from torch import Tensor
 from agentgym.advantages import AdvantageState, advantages, critic_targets
 from agentgym.env import Environment, require
 from agentgym.modeling import build
-from agentgym.modeling.flops import utilisation
+from agentgym.modeling.flops import peak_of, utilisation
 from agentgym.modeling.renderer import Renderer
 from agentgym.rewards import derived
 from agentgym.types import Trajectory
@@ -101,6 +101,9 @@ class Reinforcement:
         self.learner = self._learner()
         self.critic = Critic(model, config.critic, micro_tokens=config.optim.micro_tokens) if config.gae else None
         self.credit = AdvantageState()
+        self.computes = hasattr(model.module(), "get_input_embeddings")  # a table of probabilities only looks up
+        if self.computes:
+            peak_of(model.module())  # before anybody plays beside it
 
     def _learner(self) -> Learner | PairLearner | CandidateLearner:
         config, run, optim = self.config, self.config.run, self.config.optim
@@ -142,9 +145,8 @@ class Reinforcement:
         return Learned({**found, **self._price(everyone), **self.domains.update(everyone)}, everyone)
 
     def _speed(self, samples: Sequence[Sample], seconds: float) -> Figures:
-        """Tokens a second, and the share of what the machine could have computed; nothing for a table of probabilities
-        in a model's place."""
-        if not hasattr(self.model.module(), "get_input_embeddings"):
+        """Tokens a second, and the share of what the machine could have computed."""
+        if not self.computes:
             return {}
         learnt = [s.trajectory for s in samples if s.train]
         epochs, count = self.config.optim.epochs, ranks.count()

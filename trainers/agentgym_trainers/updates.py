@@ -68,7 +68,8 @@ class Updates:
         self.began = time.time()
         self.fruitless = 0
         """Updates in a row in which every episode failed."""
-        self._thread = ThreadPoolExecutor(1, "agentgym-learner", initializer=lambda: pin(run.threads, run.cores))
+        threads = run.threads or torch.get_num_threads()  # a new thread would begin with those of the engine's
+        self._thread = ThreadPoolExecutor(1, "agentgym-learner", initializer=pin, initargs=(threads, run.cores))
 
     async def one(self, step: int) -> Figures:
         """Update `step` (from 0); `timeline` then says who did what when, since the update before."""
