@@ -173,8 +173,10 @@ class Vllm(ABC):
 
     def close(self) -> None:
         """Stop. Replies under way end as an `EngineFault`."""
-        self._thread.close(self._stop)
-        self.folder.cleanup()
+        try:
+            self._thread.close(self._stop)
+        finally:
+            self.folder.cleanup()
 
     async def _guarded(self, work: Coroutine[Any, Any, T]) -> T:
         """Work in vLLM's thread; whatever fails there is an `EngineFault`."""
@@ -285,17 +287,21 @@ class LoopThread:
         if self.closed:
             return
         self.closed = True
-        self.wait(self._wind_up(last))
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
+        try:
+            self.wait(self._wind_up(last))
+        finally:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self.loop.close()
 
     async def _wind_up(self, last: Any) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        await last()
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        try:
+            await last()
+        finally:
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
 
 
 def _closed() -> EngineFault:

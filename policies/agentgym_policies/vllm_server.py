@@ -84,7 +84,11 @@ class VllmServer(Vllm):
                 "engine 'vllm-server' needs engine_options.url, and is pinned to cores where it is started"
             )
         server = cls(url, renderer, model=model, **options)
-        server._thread.wait(server._publish(0))
+        try:
+            server._thread.wait(server._publish(0))
+        except BaseException:
+            server.close()
+            raise
         return server
 
     async def _start(self) -> None:
