@@ -100,9 +100,10 @@ def load(model: Any, folder: Path) -> None:
 
 
 def twin(model: Any) -> Any:
-    """A copy with adapters of its own that shares the base weights, which nothing moves."""
-    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, frozen)
+    """A copy with adapters of its own that shares the base weights, which nothing moves. A model without adapters is
+    copied whole."""
+    shared = {id(p): p for name, p in model.named_parameters() if ".lora_" not in name} if adapted(model) else {}
+    return copy.deepcopy(model, shared)
 
 
 def _layers(model: Any) -> dict[str, Any]:

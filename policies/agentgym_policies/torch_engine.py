@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from typing import Any, Self
 import torch
 
 from agentgym.errors import ConfigError, EngineFault, ModelError
-from agentgym.modeling import build
+from agentgym.modeling import build, lora
 from agentgym.modeling import tokenizer as tokenizers
 from agentgym.modeling.renderer import History, Renderer
 from agentgym.modeling.threads import pin
@@ -113,10 +112,10 @@ class TorchEngine:
         cores: Sequence[int] = (),
         stale_caches: bool = False,
     ) -> Self:
-        """The engine of a training run: it samples with `model` itself where that is `shared`, else with a copy, into
-        which `publish` writes the weights that `model` has by then."""
+        """The engine of a training run: it samples with `model` itself where that is `shared`, else with a copy (of the
+        adapters alone where it has some), into which `publish` writes the weights that `model` has by then."""
         return cls(
-            model if shared else copy.deepcopy(model).requires_grad_(False),
+            model if shared else lora.twin(model).requires_grad_(False),
             renderer,
             slots=slots,
             max_length=max_length or MAX_LENGTH,

@@ -112,13 +112,17 @@ async def test_a_copy_of_a_model_with_checkpointed_layers_runs_layers_of_its_own
     assert all(p.requires_grad for p in model.parameters())
 
 
-async def test_a_model_with_adapters_is_copied_with_them() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+async def test_of_a_model_with_adapters_they_alone_are_copied(frozen: bool) -> None:
     pytest.importorskip("peft", reason="needs the extra [lora]")
     model = tiny(0)
     lora.add(model, lora.Lora(rank=2))
-    who = serving(model)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    who = serving(model.requires_grad_(False) if frozen else model)  # as in a process that only plays
+    own = dict(who.model.named_parameters())
+    assert all((own[name] is p) == all(p is not x for x in adapters) for name, p in model.named_parameters())
     with torch.no_grad():
-        for p in (p for p in model.parameters() if p.requires_grad):
+        for p in adapters:
             p.add_(torch.ones_like(p), alpha=0.1)
     assert gaps(tiny(0), await play(who, 1)).max() < ATOL
     await who.publish(NEW)

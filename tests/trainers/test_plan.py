@@ -63,6 +63,14 @@ def test_what_asynchronous_runs_hold_besides() -> None:
     found = memory(rollout=stale)
     assert found["engine"] == found["weights"]
     assert found["versions"] == 3 * found["weights"]
+    low = memory({"lora": {"rank": 8}}, rollout=stale)
+    assert low["engine"] == low["gradients"], "the engine's twin shares the base"
+
+
+def test_a_second_process_has_its_own_weights_and_caches() -> None:
+    found = memory(run={"processes": 2})
+    assert found["worker"] == found["process"] + found["weights"] + found["cache"]
+    assert "engine" not in found
 
 
 def test_checkpointing_keeps_the_input_of_each_layer_and_one_layer_whole() -> None:

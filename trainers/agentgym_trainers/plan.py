@@ -99,16 +99,20 @@ def _memory(config: Config, model: Any) -> dict[str, float]:
     base = size * build.parameters(model)
     moving, each = (adapters, 4) if adapters else (build.parameters(model), size)
     shards = int(os.environ.get("WORLD_SIZE", "1")) if config.optim.sharded else 1
+    cache = size * r.slots * (r.max_length or language.MAX_LENGTH) * _cached(model)
+    copied = 4 * adapters if adapters and r.engine == "torch" else base
     found = {
         "process": BASE,
         "weights": (base + 4 * adapters) / shards,
         "gradients": each * moving / shards,
         "optimiser": (8 if each == 4 else 16) * moving / shards,
-        "cache": size * r.slots * (r.max_length or language.MAX_LENGTH) * _cached(model),
+        "cache": cache,
         **_passes(config, model, size),
     }
-    if r.max_staleness or config.run.processes == 2 or r.engine != "torch":
-        found["engine"] = base + 4 * adapters
+    if r.max_staleness or r.engine != "torch":
+        found["engine"] = copied
+    if config.run.processes == 2:
+        found["worker"] = BASE + base + 4 * adapters + cache
     if r.behaviour == "recomputed":
         found["versions"] = each * moving * (r.max_staleness + 1) / shards
     declared = [d for d in (config.reward, *(part.reward for part in config.mixture)) if d]
