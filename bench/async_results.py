@@ -142,8 +142,8 @@ taken seed by seed.
 
 Preset `{shop.PRESET}`: a small model made on the spot, {steps} updates of 192 episodes, from one warm start a seed.
 Both modes have two threads in all: `sync` takes turns (both threads for whoever works), `async` overlaps with
-`rollout.max_staleness = {STALENESS}` in two processes (one thread for the engine, one for the learner). The objective is
-the preset's: its ratio is against the recorded log-probs of whichever weights sampled a token. Nothing was tuned for
+`rollout.max_staleness = {STALENESS}` in two processes (one thread for the engine, one for the learner). The objective
+is the preset's: its ratio is against the recorded log-probs of whichever weights sampled a token. Nothing was tuned for
 either mode.
 Success is strict, on {shop.EPISODES} held-out tasks, other ones for each seed, judged without latency at temperature 1.
 
