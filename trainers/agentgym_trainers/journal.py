@@ -97,8 +97,9 @@ class Journal:
         with writing(path):
             os.replace(fresh.path, path)
         self._file = Appender(path)
-        for later in self._files()[self._files().index(path) + 1 :]:
-            later.unlink()
+        for later in self._files():
+            if later > path:
+                later.unlink()
 
     def sync(self, position: int) -> None:
         """What this checkpoint began with is on the disk, and it may be renamed. For another thread to wait."""
