@@ -389,7 +389,7 @@ def test_a_checkpoint_tells_the_strategys_memory_of_now(tmp_path: Path) -> None:
 
     class Remembers(Rollouts):
         async def play(self, unit: Unit) -> Played:
-            return (await super().play(unit)).replace(memory={"unit": unit.number})
+            return msgspec.structs.replace(await super().play(unit), memory={"unit": unit.number})
 
     rollouts = Remembers([1.0], 0.0, 99)
 
