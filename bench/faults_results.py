@@ -321,7 +321,7 @@ def rows(kills: int) -> dict[str, Row]:
             f"run killed, {few} times, staleness 0, deterministic: the undisturbed run's weights bit for bit",
             learner_killed(few, EXACT, {"run": {"steps": 80}}, slow, exact=True),
         ),
-        "disk-journal": ("disk full under the journal", full("journal", 64)),
+        "disk-journal": ("disk full under the journal", full("journal", 16)),
         "disk-shards": ("disk full under the trajectories", full("trajectories", 64)),
         "disk-checkpoint": ("disk full under the checkpoints", full("checkpoints", 64)),
         "memory": (f"no memory in a learner's step: {ROOM:.0f} MiB to grow by", short_of_memory),
