@@ -197,9 +197,12 @@ class Vllm(ABC):
     async def _reply(self, call: Call) -> Reply:
         begin = self._forced(call)
         found = await self._complete([*call.context, *begin], self._parameters(call, len(begin)))
+        finish = _FINISH.get(found.finish)
+        if finish is None:
+            raise EngineFault(f"vLLM broke off its reply (finish_reason {found.finish!r})")
         if begin and (len(begin) == call.room or begin[-1] in self.renderer.end_ids):
-            ended = begin[-1] in self.renderer.end_ids
-            found.ids, found.drawn, found.raw, found.finish = [], [], [], "stop" if ended else "length"
+            finish = "stop" if begin[-1] in self.renderer.end_ids else "length"
+            found.ids, found.drawn, found.raw = [], [], []
         self._counts["sampled"] += len(found.ids)
         self._counts["reused"] += found.cached
         self._counts["prefilled"] += len(call.context) + len(begin) - found.cached
@@ -210,7 +213,7 @@ class Vllm(ABC):
             logprobs=[*found.prompt[len(found.prompt) - len(begin) :], *found.raw],
             processed=[*said, *([0.0] * len(found.ids) if greedy else found.drawn)],
             versions=[VersionRun(start=start and start + len(begin), version=v) for start, v in found.versions],
-            finish=_FINISH[found.finish],
+            finish=finish,
         )
 
     def _forced(self, call: Call) -> tuple[int, ...]:
@@ -239,11 +242,7 @@ class Vllm(ABC):
         }
 
 
-_FINISH: dict[str, Literal["stop", "length", "interrupted"]] = {
-    "stop": "stop",
-    "length": "length",
-    "abort": "interrupted",
-}
+_FINISH: dict[str, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 
 
 class VllmSession(TokenSession[Vllm]):

@@ -15,6 +15,7 @@ from agentgym.errors import EngineFault
 from agentgym.modeling import build
 from agentgym.modeling.renderer import Renderer
 from agentgym.modeling.tokenizer import closed_vocabulary
+from agentgym.types import Episode, Task, say
 from agentgym_policies.vllm_base import LoopThread
 from agentgym_policies.vllm_server import VllmServer
 
@@ -69,6 +70,17 @@ def test_an_engine_that_cannot_take_its_first_weights_leaves_nothing_behind(url:
         VllmServer.serving(build.tiny(40, hidden=16, layers=1), renderer, shared=True, url=url, folder=str(tmp_path))
     assert "agentgym-vllm" not in running()
     assert not list(tmp_path.iterdir())
+
+
+async def test_a_reply_that_the_server_broke_off_is_no_reply(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    who = VllmServer(url, Renderer(closed_vocabulary(["w"])))
+    monkeypatch.setitem(SAID, "finish_reason", "abort")
+    try:
+        with pytest.raises(EngineFault, match=r"broke off its reply \(finish_reason 'abort'\)"):
+            async with who.session(Episode(task=Task(env="test")), "agent") as session:
+                await session.act(say("w"))
+    finally:
+        who.close()
 
 
 def test_a_thread_ends_whatever_its_last_work_raises() -> None:
