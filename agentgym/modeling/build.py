@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from agentgym.errors import ModelError
@@ -74,7 +75,7 @@ def parameters(model: Any) -> int:
 
 def weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """What an engine elsewhere takes over: tensors by the hub's names, each tied one once, adapters merged."""
-    return lora.weights(model)
+    return iter(revert_weight_conversion(model, dict(lora.weights(model))).items())
 
 
 def check_folder(path: str | Path) -> Path:
@@ -115,7 +116,7 @@ def save(model: Any, tokenizer: Any, path: str | Path) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         with _quiet():
-            model.save_pretrained(partial, state_dict=dict(weights(model)) if lora.adapted(model) else None)
+            model.save_pretrained(partial, state_dict=dict(lora.weights(model)) if lora.adapted(model) else None)
         if lora.adapted(model):
             lora.save(model, partial / ADAPTER)
         if tokenizer is not None:

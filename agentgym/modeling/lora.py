@@ -72,7 +72,8 @@ def adapted(model: Any) -> bool:
 
 
 def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """(hub name, tensor), adapters merged, one layer at a time; each tied tensor once. The model is left as it is."""
+    """(name, tensor) as if there were no adapters: they are merged, one layer at a time. Each tied tensor comes once;
+    the model is left as it is."""
     layers = _layers(model)
     for name, p in model.named_parameters():
         owner, _, last = name.replace(".base_layer.", ".").rpartition(".")

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from agentgym.errors import ModelError
 from agentgym.modeling import build, logprobs, tokenizer
@@ -156,6 +164,24 @@ def test_hub_format_round_trip(name: str, tmp_path: Path) -> None:
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert read.chat_template == made.chat_template
     assert read.encode("w3 <|im_end|>") == made.encode("w3 <|im_end|>")
+
+
+def experts() -> Any:
+    """transformers keeps the weights of all experts in one tensor; files have one for each."""
+    sizes = {"num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=40, hidden_size=32, num_attention_heads=4, head_dim=8, **sizes)
+    )
+
+
+@pytest.mark.parametrize("name", [*MODELS, "experts"])
+def test_an_engine_elsewhere_takes_over_what_a_file_would_hold(name: str, tmp_path: Path) -> None:
+    model = (MODELS | {"experts": experts})[name]()
+    saved = load_file(build.save(model, None, tmp_path / "model") / "model.safetensors")
+    save_file({n: x.contiguous() for n, x in build.weights(model)}, tmp_path / "weights")
+    taken = load_file(tmp_path / "weights")
+    assert taken.keys() == saved.keys()
+    assert all(torch.equal(taken[n], saved[n]) for n in saved)
 
 
 def test_saving_replaces_the_whole_folder_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
