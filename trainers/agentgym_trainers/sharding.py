@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from agentgym.errors import ConfigError
+from agentgym.modeling.layers import layers_of
 from agentgym_trainers import ranks
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ ALONE = (
 
 def shard(module: Any) -> None:
     """Shard a causal language model over all ranks: a group for each decoder layer, one for the rest. A model that is
-    sharded stays as it is. `ConfigError` in a single process."""
+    sharded stays as it is. `ConfigError` in a single process, `ModelError` where no list of layers is found."""
     if sharded(module):
         return
     if ranks.count() == 1:
@@ -40,7 +41,7 @@ def shard(module: Any) -> None:
     mesh = init_device_mesh(next(module.parameters()).device.type, (ranks.count(),))
     half = any(p.dtype == torch.bfloat16 for p in module.parameters())
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
-    for part in (*_layers(module), module):
+    for part in (*layers_of(module), module):
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -48,13 +49,6 @@ def shard(module: Any) -> None:
             part.set_force_sum_reduction_for_comms(True)
     module.within = MethodType(lambda self, function: function(), module)
     register_fsdp_forward_method(module, "within")
-
-
-def _layers(module: Any) -> list[nn.Module]:
-    """The decoder layers."""
-    depth = module.config.get_text_config().num_hidden_layers
-    stacks = (m for m in module.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    return list(next(stacks, ()))
 
 
 def sharded(module: Any) -> bool:
