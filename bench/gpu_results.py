@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from agentgym.bench.measure import machine, markdown, spread
 from agentgym.modeling import build, flops
 from agentgym.modeling.tokenizer import closed_vocabulary
 from agentgym_policies import bench as engines
+from agentgym_policies.torch_engine import TorchEngine
 from agentgym_trainers import bench_learner as learners
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results" / "gpu.md"
 READING = (
     "A random model of the Qwen3 class. The engine samples sessions of 8 turns, each at its own pace; tokens/s counts "
-    "sampled tokens, utilisation their forward passes alone (decoding is bound by memory, not by products). The "
-    "learner is read as `agentgym bench learner` says. Rounds alternate between contestants; median (lowest - highest)."
+    "sampled tokens, utilisation their forward passes alone (decoding is bound by memory, not by products). "
+    "Engines are made, and record their CUDA graphs, before the rounds that count. The learner is "
+    "read as `agentgym bench learner` says. Rounds alternate between contestants; median (lowest - highest)."
 )
 
 
@@ -41,20 +43,22 @@ def sampling(size: str, device: str, sessions: int, rounds: int, vllm_python: st
     )
     model = learners.Setting(size, "drawn", False, device).model(half=True)
     renderer = engines.Endless(tokenizer)
-    contestants: dict[str, Callable[..., Any]] = {
-        "engine": engines._engine,
-        "engine, no reuse": lambda *given: engines._engine(*given, reuse=False),
-    }
     with ExitStack() as stack:
+        engine = stack.enter_context(closing(TorchEngine(model, renderer, slots=sessions, max_length=plan.length)))
+        contestants: dict[str, Callable[[], Any]] = {
+            "engine": lambda: engines.play_sessions(engine, plan),
+            "engine, no reuse": lambda: engines.play_sessions(engine, plan, reuse=False),
+        }
         if vllm_python:
             there = engines._vllm(vllm_python, model, renderer, plan, torch.get_num_threads(), reuse=True)
-            contestants["vLLM"], _ = stack.enter_context(there)
+            vllm, _ = stack.enter_context(there)
+            contestants["vLLM"] = lambda: vllm(model, renderer, plan)
         rates: dict[str, list[float]] = {name: [] for name in contestants}
         held = {}
         for turn in range(rounds + 1):
             for name, play in contestants.items():
                 begun = time.perf_counter()
-                held[name] = most(device, lambda play=play: play(model, renderer, plan))
+                held[name] = most(device, play)
                 if turn:
                     rates[name].append(plan.tokens / (time.perf_counter() - begun))
     shape = flops.shape(model)
