@@ -139,6 +139,10 @@ class Appender:
             os.ftruncate(self._file.fileno(), size)
             self.size = size
 
+    def forget(self) -> None:
+        """Let go of what waits."""
+        self._waiting.clear()
+
     def close(self) -> None:
         """Flush and close; the file is closed even where the flush fails."""
         try:
@@ -269,5 +273,10 @@ def _from_schema_0(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "schema": 1, "episode": episode, "status": status, "turns": {"type": "turns", "items": items}}
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _from_schema_0}
+def _from_schema_1(raw: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 had no `stale` in its spans."""
+    return {**raw, "schema": 2}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _from_schema_0, 1: _from_schema_1}
 """From the schema that is the key to the next one."""

@@ -253,11 +253,16 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Flush, close and unlock; unlocks even where the flush fails."""
+        """Flush, close and unlock; unlocks even where the flush fails, and the index names nothing that is not there."""
         with ExitStack() as stack:
             stack.callback(_drop_lock, self.path)
-            for file in (self._metrics, self._index, self._shard):
-                stack.callback(file.close)
+            for close in (self._metrics.close, self._close_index, self._shard.close):
+                stack.callback(close)
+
+    def _close_index(self) -> None:
+        if self._shard.waiting:  # it could not be flushed; its whole frames get their lines when the run is opened
+            self._index.forget()
+        self._index.close()
 
     def append(self, trajectory: Trajectory, *, step: int = 0, value: float | None = None) -> None:
         """Store a trajectory, the step it was collected for, and its composed return."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-SCHEMA = 1
+SCHEMA = 2
 
 Level = Literal["token", "turn", "segment", "episode", "agent", "team"]
 Status = Literal["terminated", "truncated", "failed"]

@@ -167,7 +167,7 @@ def write_0(path: Path) -> None:
     (path / "trajectories" / "index.jsonl").write_bytes(index)
 
 
-def write_1(path: Path) -> None:
+def write_2(path: Path) -> None:
     with RunFolder.create(path, CONFIG) as run:
         for i, t in enumerate([*simple(), *rich()]):
             run.append(t, step=i, value=float(i))
@@ -176,7 +176,7 @@ def write_1(path: Path) -> None:
             (folder / "weights.txt").write_text("here\n")
 
 
-WRITERS = {0: write_0, 1: write_1}
+WRITERS = {0: write_0, 2: write_2}  # that of schema 1 was the code of its day
 
 if __name__ == "__main__":
     for schema, write in WRITERS.items():

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from golden_runs import CONFIG, GOLDEN, rich, simple, write_1
+from golden_runs import CONFIG, GOLDEN, rich, simple, write_2
 from making import trajectory
 
 import agentgym
@@ -367,8 +367,8 @@ def test_golden_runs_of_every_schema_read_as_today(schema: int, tmp_path: Path) 
 
 def test_todays_writer_still_writes_the_golden_bytes(tmp_path: Path) -> None:
     """Fails where records changed on disk: raise SCHEMA, write a migration, and add a golden folder."""
-    write_1(tmp_path / "run")
-    assert files(tmp_path / "run") == files(GOLDEN / "schema-1")
+    write_2(tmp_path / "run")
+    assert files(tmp_path / "run") == files(GOLDEN / "schema-2")
 
 
 def test_a_newer_schema_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
