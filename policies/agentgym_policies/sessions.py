@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -83,6 +84,7 @@ class TokenSession(ABC, Generic[E]):
         self._held: tuple[int, int] | None = (
             None  # (branch, tokens of it) that spans hold and the context still begins with
         )
+        self._keep = sys.maxsize  # what calls without room, which the engine never saw, left of what it did see
         self._turn = 0
         self._torn = self._left = False
 
@@ -117,11 +119,12 @@ class TokenSession(ABC, Generic[E]):
         prompt = self._prompt()
         call = self._call(prompt, chosen)
         self._turn += 1
-        reply = Reply(finish="length")
         if call.room > 0:
             self._torn = True
-            reply = await self.sample(call)
+            reply, self._keep = await self.sample(call), sys.maxsize
             self._torn = False
+        else:
+            reply, self._keep = Reply(finish="length"), call.keep
         return self._action(prompt, call, reply)
 
     async def tell(self, observation: Observation, action: Action) -> None:
@@ -179,7 +182,7 @@ class TokenSession(ABC, Generic[E]):
         (begin, said), self._begin = self._begin, ("", 0.0)
         return Call(
             context=context,
-            keep=len(context) if prompt.parent is None else prompt.parent[1],
+            keep=min(self._keep, len(context) if prompt.parent is None else prompt.parent[1]),
             sampling=sampling,
             key=seeding.key(*self._noise, self._turn),
             room=min(sampling.max_tokens, self.engine.max_length - len(context)),

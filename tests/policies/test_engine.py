@@ -338,6 +338,22 @@ async def test_branching_keeps_what_is_shared() -> None:
     assert spans[-1].branch > 0
 
 
+async def test_a_turn_without_room_leaves_no_cache_of_what_was_rewritten_in_it() -> None:
+    """The template shows the last message alone: the third begins as the second does, and not as the first."""
+    last = "{% for m in messages[-1:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    template = last + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    who = TorchEngine(MODEL, Renderer(TOKENIZER, "branch", template=template), slots=1, max_length=64)
+    async with who.session(Episode(task=TASK), "agent") as session:
+        for text in ("w1 w2 " * 8, "w3 w4 " * 40, "w3 w4 " * 8):
+            span = (await session.act(say(text), Sampling(max_tokens=6))).span
+            assert span is not None
+            assert bool(span.ids) is (len(text) < 100)
+        ids = session.conversation.ids[: -len(span.suffix) or None]
+    with torch.no_grad():
+        forced = MODEL(torch.tensor([ids])).logits[0].log_softmax(-1)[:-1].gather(-1, torch.tensor(ids)[1:, None])[:, 0]
+    np.testing.assert_allclose(span.logprobs.numpy(), forced[-len(span.ids) :].numpy(), atol=ATOL)
+
+
 async def test_bad_settings_are_named() -> None:
     with pytest.raises(ModelError, match="max_length 9999 is beyond the 4096 positions"):
         engine(max_length=9999)
