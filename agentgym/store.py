@@ -253,7 +253,7 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Flush, close and unlock: even where the flush fails, and with an index that names nothing but what is there."""
+        """Flush, close and unlock, even where the flush fails; the index then names nothing but what is there."""
         with ExitStack() as stack:
             stack.callback(_drop_lock, self.path)
             for close in (self._metrics.close, self._close_index, self._shard.close):

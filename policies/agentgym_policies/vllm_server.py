@@ -93,7 +93,9 @@ class VllmServer(Vllm):
 
     async def _start(self) -> None:
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=self.deadline)
+            # vLLM lets go of an idle connection after five seconds
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
+            timeout=aiohttp.ClientTimeout(total=self.deadline),
         )
         await self._post("/update_weight_version", {"new_version": "0"})
         await self._post("/resume")  # a client that died in the middle of an update left it frozen
