@@ -1,6 +1,6 @@
 """Reinforcement, update by update: take what was played, learn, publish, while play goes on as far as it may.
 
-    updates = Updates(state, env, model, rollouts, phase, judge)
+    updates = Updates(state, env, rollouts, phase, judge)
     figures = await updates.one(step)
     await updates.close()
 
