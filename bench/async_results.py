@@ -161,8 +161,9 @@ Seed by seed, success in percent:
 
 {chr(10).join(seed_rows(out, seeds))}
 
-An interval that holds 0 says that no difference was seen. Without latency there is little to overlap on two cores that
-both modes keep busy; what is left is that a small model's step does not use two threads well.
+An interval that holds 0 says that no difference was seen. Without latency nobody has to be waited for: what is gained
+there comes from two cores that both work, since a step of so small a model hardly uses a second thread; and learning
+from older samples costs what the interval says.
 """
 
 
