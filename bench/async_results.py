@@ -34,13 +34,17 @@ MODES = {
 }
 LATENCIES = {"slow": LATENCY, "instant": 0.0}
 CELLS = {f"{mode}-{name}": (mode, seconds) for name, seconds in LATENCIES.items() for mode in MODES}
+ALONE = {f"alone-{name}": ("alone", seconds) for name, seconds in LATENCIES.items()}
+"""In turns with one thread in all, which suits so small a model better than two: for the seconds alone."""
+ALONE_SEEDS = 2
+SETTINGS = {**MODES, "alone": ["run.threads=1", "rollout.threads=1"]}
 
 
 def config(out: Path, cell: str, seed: int, quick: list[str]) -> Any:
     """The preset from the warm start, with a mode and a latency."""
     from agentgym_trainers.config import resolve
 
-    mode, seconds = CELLS[cell]
+    mode, seconds = {**CELLS, **ALONE}[cell]
     start = [
         f"run.seed={seed}",
         f"run.steps={STEPS}",
@@ -49,7 +53,7 @@ def config(out: Path, cell: str, seed: int, quick: list[str]) -> Any:
         "sft.steps=0",
         f"env.latency={seconds}",
     ]
-    return resolve(shop.PRESET, [*start, *MODES[mode], *quick, f"model.path={shop.weights(out / 'warm-0')}"])
+    return resolve(shop.PRESET, [*start, *SETTINGS[mode], *quick, f"model.path={shop.weights(out / 'warm-0')}"])
 
 
 def train(out: Path, cell: str, seed: int, quick: list[str]) -> None:
@@ -75,7 +79,7 @@ def start(out: Path, cell: str, seed: int, quick: list[str]) -> None:
 def run_all(out: Path, seeds: int, quick: list[str]) -> None:
     start(out, "warm", 0, quick)
     for seed in range(seeds):
-        for cell in CELLS:
+        for cell in (*CELLS, *(ALONE if seed < ALONE_SEEDS else ())):
             start(out, cell, seed, quick)
 
 
@@ -84,6 +88,11 @@ def run_all(out: Path, seeds: int, quick: list[str]) -> None:
 
 def seconds_of(out: Path, cell: str, seeds: int) -> list[float]:
     return [float(shop.summary(out, cell, seed)["seconds"]["rl"]) for seed in range(seeds)]
+
+
+def alone(out: Path, name: str, seeds: int) -> str:
+    """Seconds of the synchronous run with one thread."""
+    return " and ".join(f"{s:.0f}" for s in seconds_of(out, f"alone-{name}", min(seeds, ALONE_SEEDS)))
 
 
 def success_of(out: Path, cell: str, seeds: int) -> list[float]:
@@ -164,6 +173,9 @@ Seed by seed, success in percent:
 An interval that holds 0 says that no difference was seen. Without latency nobody has to be waited for: what is gained
 there comes from two cores that both work, since a step of so small a model hardly uses a second thread; and learning
 from older samples costs what the interval says.
+
+`sync` with one thread in all, where that suits so small a model better (seeds 0 to {min(seeds, ALONE_SEEDS) - 1}):
+{alone(out, "slow", seeds)} s with the latency, {alone(out, "instant", seeds)} s without.
 """
 
 
