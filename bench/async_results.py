@@ -36,7 +36,7 @@ LATENCIES = {"slow": LATENCY, "instant": 0.0}
 CELLS = {f"{mode}-{name}": (mode, seconds) for name, seconds in LATENCIES.items() for mode in MODES}
 ALONE = {f"alone-{name}": ("alone", seconds) for name, seconds in LATENCIES.items()}
 """In turns with one thread in all, which suits so small a model better than two: for the seconds alone."""
-ALONE_SEEDS = 2
+ALONE_SEEDS = 1
 SETTINGS = {**MODES, "alone": ["run.threads=1", "rollout.threads=1"]}
 
 
@@ -174,7 +174,7 @@ An interval that holds 0 says that no difference was seen. Without latency nobod
 there comes from two cores that both work, since a step of so small a model hardly uses a second thread; and learning
 from older samples costs what the interval says.
 
-`sync` with one thread in all, where that suits so small a model better (seeds 0 to {min(seeds, ALONE_SEEDS) - 1}):
+`sync` with one thread in all, where that suits so small a model better (seed 0):
 {alone(out, "slow", seeds)} s with the latency, {alone(out, "instant", seeds)} s without.
 """
 

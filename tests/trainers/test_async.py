@@ -222,11 +222,10 @@ def live(out: Path, mode: str, until: float | None) -> int:
 
 @pytest.mark.slow
 def test_a_killed_overlapped_run_loses_unfinished_episodes_alone(tmp_path: Path) -> None:
-    """Killed twice at moments of chance: every unit is learnt from once, and what the journal held was not replayed."""
+    """Killed at a moment of chance: every unit is learnt from once, and what the journal held was not played again."""
     out, chance = tmp_path / "run", random.Random(time.time())
-    assert live(out, "fresh", chance.uniform(0.0, 0.4)) == -signal.SIGKILL
+    assert live(out, "fresh", chance.uniform(0.0, 0.25)) == -signal.SIGKILL
     finished = _finished(out)
-    assert live(out, "resume", chance.uniform(0.0, 0.4)) == -signal.SIGKILL
     assert live(out, "resume", None) == 0
     run = load_run(out)
     assert len({e.episode for e in run.index}) == len(run) == 14 * 32
