@@ -45,7 +45,7 @@ class Job:
     logprobs: list[float] = field(default_factory=list)
     processed: list[float] = field(default_factory=list)
     versions: list[VersionRun] = field(default_factory=list)
-    finish: Literal["stop", "length", "interrupted", ""] = ""
+    finish: Literal["stop", "length", ""] = ""
     stale: bool = False
     error: BaseException | None = None
     cancelled: bool = False

@@ -60,7 +60,7 @@ class Reply:
     logprobs: list[float] = field(default_factory=list)
     processed: list[float] = field(default_factory=list)
     versions: list[VersionRun] = field(default_factory=list)
-    finish: Literal["stop", "length", "interrupted", ""] = ""
+    finish: Literal["stop", "length", ""] = ""
     stale: bool = False
 
 
